@@ -1,0 +1,9 @@
+"""What can be done to a tensor on its way through a model."""
+
+from .ablate import Ablate
+from .bound import Clip, TopK
+from .edit import Add, Mask, Scale, Set
+from .patch import Patch
+from .subspace import Project
+
+__all__ = ["Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Scale", "Set", "TopK"]

@@ -1,0 +1,389 @@
+"""The wrapped network: sites, and the verbs record, measure and clamp at them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .clamp import ActiveClamp, Clamp, ClampContext, When
+from .errors import SiteError, TextError, nearest
+from .families import family_of
+from .plain import module_sites
+from .resolve import Resolver, probe_inputs, prove
+from .run import Run, track
+from .sites import MODULE_PREFIX, Site, SiteTable
+from .structure import structural_sites
+from .taps import Kind, Point, Tap, TapSet
+
+if TYPE_CHECKING:
+    from .generate import Generation
+    from .measure import MeasureTable
+    from .recording import Recording
+
+
+class Model:
+    """A network with named sites. The module that it wraps is never rewritten, copied or subclassed.
+
+    Args:
+        module: any ``nn.Module``; transformers models get the sites of their family, others those of their modules.
+        tokenizer: a transformers tokenizer, for text inputs.
+        name: what to call it in reports.
+        example: positional or keyword arguments of a forward, to prove sites of modules whose inputs are not known.
+
+    Attributes:
+        module, tokenizer, name: as given.
+        family: name of the family-table row, ``"structural"`` when the usual shape was found, or ``"module"``.
+
+    Example:
+        >>> import actome as ac
+        >>> model = ac.demo()
+        >>> model.record("The cat sat on", "blocks.*.resid.post")["blocks.0.resid.post"].shape[-1] == model.d_model
+        True
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any = None, name: str | None = None, example: Any = None):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"wrap() takes an nn.Module, not {type(module).__name__}")
+        self.module = module
+        self.tokenizer = tokenizer
+        self.name = name or type(module).__name__
+        self.example = example
+        self.run = Run()
+        self.clamped: list[ClampContext] = []
+        self._tracked = 0
+        self._tracker: Any = None
+        self._plain: dict[str, Site] = {}
+        self._matches: dict[Any, tuple[Site, ...]] = {}
+        signature = inspect.signature(module.forward).parameters
+        self._forward_names = set(signature)
+        self._open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+
+    # -- what there is ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _resolved(self) -> tuple[str, SiteTable]:
+        """The family's name and the proved sites; made by one small forward when first asked for."""
+        family = family_of(getattr(self.module, "config", None))
+        if family is not None:
+            sites = Resolver(self.module, family, self.run).sites()
+            if sites:
+                table = prove(self.module, sites, self.run, self._probe())
+                if len(table):
+                    return family.name, table
+        try:
+            inputs = self._probe()
+        except (SiteError, AttributeError):
+            return "module", SiteTable()
+        table = structural_sites(self.module, self.run, inputs)
+        return ("structural" if len(table) else "module"), table
+
+    @property
+    def family(self) -> str:
+        return self._resolved[0]
+
+    @property
+    def table(self) -> SiteTable:
+        return self._resolved[1]
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """Rank of every named site in the order of the forward."""
+        return {site.name: i for i, site in enumerate(self.table)}
+
+    def _probe(self) -> dict[str, Any]:
+        if isinstance(self.example, Mapping):
+            return dict(self.example)
+        if self.example is not None:
+            names = list(inspect.signature(self.module.forward).parameters)
+            values = self.example if isinstance(self.example, tuple) else (self.example,)
+            return dict(zip(names, values, strict=False))
+        return probe_inputs(self.module)
+
+    def sites(self, pattern: str | None = None) -> SiteTable:
+        """What can be reached: all named sites, or those that a pattern selects.
+
+        Args:
+            pattern: a site's name with ``*`` (one part of a name), ``{a..b}`` and ``{x,y}``;
+                ``module:PATH`` for the output of any submodule, ``module:PATH@in`` for its input.
+
+        Returns:
+            Sites in the order in which the forward reaches them; each has name, dims, sizes, layer.
+
+        Raises:
+            SiteError: nothing matches; names the nearest.
+        """
+        if pattern is None:
+            return self.table if len(self.table) else SiteTable(module_sites(self.module, f"{MODULE_PREFIX}*", self._plain))
+        return SiteTable(self.match(pattern))
+
+    def match(self, patterns: str | Sequence[str]) -> tuple[Site, ...]:
+        """The sites that one or several patterns select, each once, as a tuple."""
+        key = patterns if isinstance(patterns, str) else tuple(patterns)
+        if key not in self._matches:
+            found: dict[str, Site] = {}
+            for pattern in (key,) if isinstance(key, str) else key:
+                for site in self._match_one(pattern):
+                    found[site.name] = site
+            if not found:
+                raise SiteError("no site was asked for; give a name or a pattern such as 'blocks.*.resid.post'")
+            self._matches[key] = tuple(found.values())
+        return self._matches[key]
+
+    def _match_one(self, pattern: str) -> tuple[Site, ...]:
+        if not isinstance(pattern, str):
+            raise SiteError(f"a site is named by a string, not {type(pattern).__name__}")
+        if pattern.startswith(MODULE_PREFIX):
+            return tuple(module_sites(self.module, pattern, self._plain))
+        if not len(self.table):
+            names = [name for name, _ in self.module.named_modules() if name]
+            raise SiteError(
+                f"{self.name} has no named sites, only those of its modules, as {MODULE_PREFIX}PATH"
+                + nearest(pattern, names)
+            )
+        return self.table.match(pattern)
+
+    @property
+    def config(self) -> Any:
+        return getattr(self.module, "config", None)
+
+    @property
+    def device(self) -> torch.device:
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        for site in self.table:
+            if site.size("d_model"):
+                return int(site.size("d_model"))  # type: ignore[arg-type]
+        raise SiteError(f"{self.name} has no residual stream")
+
+    @property
+    def layers(self) -> int:
+        """How many blocks there are (the larger stack's, in an encoder-decoder)."""
+        return 1 + max((site.layer for site in self.table if site.layer is not None), default=-1)
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence that the model's positions allow, as far as its configuration says."""
+        text = getattr(self.config, "text_config", self.config)
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length"):
+            size = getattr(text, name, None)
+            if isinstance(size, int) and size > 0:
+                # RoBERTa counts its positions from the padding index on.
+                return size - 2 if getattr(text, "model_type", "") in ("roberta", "xlm-roberta") else size
+        return None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Facts for a report: name, family, class, parameters, dtype, device, layers, d_model, heads, vocabulary."""
+        facts: dict[str, Any] = {
+            "name": self.name,
+            "family": self.family,
+            "class": type(self.module).__name__,
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "layers": self.layers or None,
+            "context": self.context,
+        }
+        for site in self.table:
+            for dim in ("d_model", "head", "kv_head", "d_mlp", "expert", "vocab"):
+                if site.size(dim):
+                    facts.setdefault(dim, site.size(dim))
+        return {key: value for key, value in facts.items() if value is not None}
+
+    def __repr__(self) -> str:
+        return f"Model({self.name}, {type(self.module).__name__}, {len(self.table)} sites)"
+
+    # -- running it ---------------------------------------------------------------------------------------------
+
+    def __call__(self, inputs: Any = None, /, *args: Any, **kwargs: Any) -> Any:
+        """Plain call-through: what the module returns for the same arguments; text is tokenised first."""
+        if inputs is None:
+            return self.module(*args, **kwargs)
+        if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
+            return self.module(*args, **self.arguments(inputs)[0], **kwargs)
+        return self.module(inputs, *args, **kwargs)
+
+    def logits(self, inputs: Any, grad: bool = False) -> Tensor:
+        """The model's logits.
+
+        Args:
+            inputs: text, a list of texts, token ids (pos) or (batch, pos), or a dict of forward arguments.
+            grad: keep the graph for a backward pass.
+
+        Returns:
+            (batch, pos, vocab), or (batch, class) for a classifier. Rows shorter than the longest are padded on the
+            right; their logits beyond the text mean nothing.
+        """
+        arguments, _, _ = self.arguments(inputs)
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            out = self.module(**arguments)
+        logits = getattr(out, "logits", None)
+        if logits is None:
+            if isinstance(out, Tensor):
+                return out
+            raise SiteError(f"{type(self.module).__name__} gives no logits; load the class with a head")
+        return logits
+
+    def arguments(self, inputs: Any, padding: str = "right") -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
+        """Forward arguments for any kind of input, with the token ids and the mask (``None`` when nothing is padded).
+
+        Args:
+            inputs: text, list of texts, ids, a dict of arguments, or a `Batch`.
+            padding: which side padding goes to.
+        """
+        if isinstance(inputs, Mapping):
+            ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+            mask = inputs.get("attention_mask")
+            padded = mask is not None and ids is not None and mask.shape == ids.shape and not bool(mask.all())
+            return dict(inputs), ids, mask.bool() if padded else None
+        if isinstance(inputs, Tensor) and inputs.is_floating_point():
+            name = getattr(self.module, "main_input_name", None) or next(iter(self._forward_names))
+            return {name: inputs}, None, None
+        if hasattr(inputs, "ids"):
+            batch = inputs
+        elif isinstance(inputs, Tensor):
+            # Ids that are already a tensor: the path of every loop, so nothing else is looked at.
+            if inputs.dtype not in (torch.int64, torch.int32) or inputs.ndim not in (1, 2) or not inputs.numel():
+                raise TextError(f"token ids are integers of shape (pos) or (batch, pos), not {inputs.dtype} {tuple(inputs.shape)}")
+            ids = inputs if inputs.ndim == 2 else inputs[None]
+            return self._text_arguments(ids.to(self.device), None), ids, None
+        else:
+            from .text import encode
+
+            batch = encode(inputs, self.tokenizer, padding=padding)
+        ids = batch.ids.to(self.device)
+        mask = batch.mask.to(self.device) if batch.mask is not None else None
+        return self._text_arguments(ids, mask), ids, mask
+
+    def _text_arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if "input_ids" not in self._forward_names and not self._open_ended:
+            return {next(iter(self._forward_names)): ids}
+        arguments["input_ids"] = ids
+        if mask is not None:
+            arguments["attention_mask"] = mask.long()
+            if "position_ids" in self._forward_names and not bool(mask[:, 0].all()):
+                # Padding on the left must not count as positions.
+                arguments["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
+        if "use_cache" in self._forward_names:
+            arguments["use_cache"] = False
+        if "decoder_input_ids" in self._forward_names:
+            start = getattr(self.config, "decoder_start_token_id", None)
+            start = start if start is not None else getattr(self.config, "pad_token_id", 0) or 0
+            arguments["decoder_input_ids"] = torch.full((len(ids), 1), start, device=ids.device)
+        return arguments
+
+    # -- taps ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def tap(self, taps: list[tuple[Point, Tap, Kind]], track: bool = False) -> Iterator[TapSet]:
+        """Installs taps for the time of a block: the way in for code that needs more than the three verbs.
+
+        Args:
+            taps: (point, function, ``"read"`` | ``"write"`` | ``"keep"``); a point is a site's `address`.
+            track: also keep `run` (positions, phase, step, mask) up to date.
+        """
+        track = track or any(_needs_tokens(point) for point, _, _ in taps)
+        if track:
+            self._start_tracking()
+        try:
+            with TapSet(taps) as active, eager_stance():
+                yield active
+        finally:
+            if track:
+                self._stop_tracking()
+
+    def _start_tracking(self) -> None:
+        if not self._tracked:
+            self.run.reset()
+            self._tracker = track(self.module, self.run)
+        self._tracked += 1
+
+    def _stop_tracking(self) -> None:
+        self._tracked -= 1
+        if not self._tracked:
+            self._tracker.remove()
+            self._tracker = None
+
+    def condition_tap(self, when: When, clamp: ActiveClamp) -> tuple[Point, Tap, Kind]:
+        """The tap that evaluates a clamp's condition; the condition's site must come before the clamp's."""
+        (site,) = self.match(when.site)
+        order = self.order
+        if clamp.site.name in order and site.name in order and order[site.name] >= order[clamp.site.name]:
+            raise SiteError(f"the condition's site {site.name} is reached after {clamp.site.name}; condition on an earlier one")
+
+        def evaluate(x: Tensor) -> None:
+            flag = torch.as_tensor(when.test(x))
+            if flag.dtype != torch.bool:
+                raise SiteError(f"the condition at {site.name} gave {flag.dtype}; it must give bools")
+            clamp.condition = flag
+
+        return site.address, evaluate, "read"
+
+    # -- the verbs ----------------------------------------------------------------------------------------------
+
+    def clamp(self, *clamps: Clamp) -> ClampContext:
+        """Changes activations for the time of a ``with`` block, in inference and in training, with gradients.
+
+        Args:
+            clamps: one or several; at one site they work in the order in which they are given.
+
+        Returns:
+            A context manager; its value counts how often each clamp fired.
+
+        Raises:
+            SiteError: a site that does not exist.
+            ClampError: on entering, a clamp that does not fit; on leaving, a clamp that never fired.
+
+        Example:
+            >>> import actome as ac
+            >>> model = ac.demo()
+            >>> with model.clamp(ac.Ablate("blocks.1.mlp.out", "zero")) as active:
+            ...     without = model.logits("The value of the")
+            >>> active.fired
+            1
+        """
+        return ClampContext(self, clamps)
+
+    def record(self, inputs: Any, sites: str | Sequence[str], **options: Any) -> Recording:
+        """Brings activations out of the model; see `actome.core.record.record` for every option."""
+        from .record import record
+
+        return record(self, inputs, sites, **options)
+
+    def measure(self, inputs: Any, measures: Any, **options: Any) -> MeasureTable:
+        """Folds the stream of activations into statistics; see `actome.core.stream.measure`."""
+        from .stream import measure
+
+        return measure(self, inputs, measures, **options)
+
+    def generate(self, prompt: Any, max_new_tokens: int = 20, **options: Any) -> Generation:
+        """Generates with the key-value cache, under whatever clamps are active; see `actome.core.generate.generate`."""
+        from .generate import generate
+
+        return generate(self, prompt, max_new_tokens=max_new_tokens, **options)
+
+
+def _needs_tokens(point: Point) -> bool:
+    return getattr(point, "tokens", None) is not None
+
+
+def eager_stance() -> AbstractContextManager[Any]:
+    """Compiled code ignores hooks that came after it: have it run eagerly while there are taps."""
+    if "torch._dynamo" not in sys.modules:  # then nothing has been compiled
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

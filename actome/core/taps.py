@@ -1,0 +1,168 @@
+"""Taps: how a tensor on its way through a module is seen or replaced.
+
+A `Point` is one place of one module where something is tapped. It installs its hook when the first tap arrives and
+removes it when the last one leaves, so that a module without taps is bit for bit what it was. Taps that change the
+tensor run first, in the order in which they came; those that only look see what flows on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+# A tap is given the tensor in the site's dims and returns its replacement, or None to leave it as it is.
+Tap = Callable[[Tensor], Tensor | None]
+# "write" may replace the tensor; "read" looks at it; "keep" looks at the very tensor that flows on, for its gradient.
+Kind = Literal["write", "read", "keep"]
+
+
+class StopForward(Exception):  # noqa: N818 - a signal, not an error
+    """Raised by the last tap of a forward that nobody needs to finish."""
+
+
+class Point:
+    """One tapped place: an ordered set of taps, and what is installed while there is one."""
+
+    def __init__(self) -> None:
+        self.writers: list[Tap] = []
+        self.readers: list[Tap] = []
+        self.keeps = 0
+        self._undo: Callable[[], None] | None = None
+
+    def add(self, tap: Tap, kind: Kind) -> None:
+        (self.writers if kind == "write" else self.readers).append(tap)
+        self.keeps += kind == "keep"
+        if self._undo is None:
+            self._undo = self.install()
+
+    def remove(self, tap: Tap, kind: Kind) -> None:
+        (self.writers if kind == "write" else self.readers).remove(tap)
+        self.keeps -= kind == "keep"
+        if self._undo is not None and not self.writers and not self.readers:
+            self._undo()
+            self._undo = None
+
+    def install(self) -> Callable[[], None]:
+        """Puts the hook in; returns what takes it out."""
+        raise NotImplementedError
+
+    def write(self, x: Tensor) -> Tensor:
+        """What flows on; `x` itself when nobody changed it."""
+        for tap in self.writers:
+            new = tap(x)
+            if new is not None:
+                x = new
+        return x
+
+    def read(self, x: Tensor) -> None:
+        for tap in self.readers:
+            tap(x)
+
+
+class HookPoint(Point):
+    """The first tensor argument or the output of a module, seen in the site's dims.
+
+    Args:
+        module: the module to hook.
+        side: ``"in"`` or ``"out"``.
+        heads: split the last dim into (head, d_head) with this many heads.
+        inplace: write into the tensor itself, because the caller keeps it as the residual too.
+        tokens: gives (batch, pos) of the forward at hand, for modules that see flattened tokens.
+        field: name of the output's field that holds the tensor (``"logits"``), for the root module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        side: Literal["in", "out"],
+        *,
+        heads: int | None = None,
+        inplace: bool = False,
+        tokens: Callable[[], tuple[int, int]] | None = None,
+        field: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.module, self.side, self.heads, self.inplace = module, side, heads, inplace
+        self.tokens, self.field = tokens, field
+
+    def install(self) -> Callable[[], None]:
+        if self.side == "in":
+            return self.module.register_forward_pre_hook(self._before, with_kwargs=True).remove
+        return self.module.register_forward_hook(self._after).remove
+
+    def see(self, x: Tensor) -> Tensor:
+        """Runs the taps on `x`; returns what flows on, which is `x` itself when nothing changed."""
+        shaped = self.heads is not None or self.tokens is not None
+        y = self._present(x) if shaped else x
+        if self.inplace and self.writers:
+            # Autograd may need the value that is about to be overwritten: give the writers another one.
+            before = y.clone() if x.requires_grad else y
+            new = self.write(before)
+            if new is not before:
+                x.copy_(new.reshape(x.shape))
+            self.read(y)
+            return x
+        new = self.write(y)
+        self.read(new)
+        if new is y and not (shaped and self.keeps):
+            return x
+        return new.reshape(x.shape) if shaped else new
+
+    def _present(self, x: Tensor) -> Tensor:
+        if self.tokens is not None and x.ndim == 2:
+            batch, length = self.tokens()
+            x = x.view(batch, length, x.shape[-1])
+        return x if self.heads is None else x.unflatten(-1, (self.heads, -1))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args and isinstance(args[0], Tensor):
+            new = self.see(args[0])
+            return None if new is args[0] else ((new, *args[1:]), kwargs)
+        key = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), None)
+        if key is None:
+            return None
+        new = self.see(kwargs[key])
+        return None if new is kwargs[key] else (args, {**kwargs, key: new})
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if isinstance(out, Tensor):
+            new = self.see(out)
+            return None if new is out else new
+        if isinstance(out, (tuple, list)):
+            new = self.see(out[0])
+            return None if new is out[0] else type(out)((new, *out[1:]))
+        # What is left is a mapping such as a ModelOutput; unless told otherwise its first tensor is the state.
+        key = self.field or next(k for k, v in out.items() if isinstance(v, Tensor))
+        new = self.see(out[key])
+        if new is out[key]:
+            return None
+        out[key] = new
+        return out
+
+
+class TapSet:
+    """Taps that live and die together; leaving the context removes every one, whatever happened in between."""
+
+    __slots__ = ("_active", "_taps")
+
+    def __init__(self, taps: list[tuple[Point, Tap, Kind]]):
+        self._taps = taps
+        self._active = 0
+
+    def __enter__(self) -> TapSet:
+        try:
+            for point, tap, kind in self._taps:
+                point.add(tap, kind)
+                self._active += 1
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._active:
+            self._active -= 1
+            point, tap, kind = self._taps[self._active]
+            point.remove(tap, kind)
