@@ -23,7 +23,10 @@ __version__ = "0.1.0"
 
 # Where each public name lives. The imports below say the same to type checkers and editors.
 _HOMES = {
-    "actome.core.model": ("Model", "load", "wrap"),
+    "actome.core.model": ("Model",),
+    "actome.core.load": ("load", "wrap"),
+    "actome.core.clamp": ("Clamp", "When"),
+    "actome.core.generate": ("Generation",),
     "actome.core.recording": ("Recording",),
     "actome.core.text": ("Text",),
     "actome.core.measure": ("Measure",),
@@ -49,6 +52,7 @@ __all__ = sorted(_HOME_OF)
 if TYPE_CHECKING:
     from actome import clamps, core, measures, papers, report, tasks
     from actome.clamps import Ablate, Add, Clip, Mask, Patch, Project, Scale, Set, TopK
+    from actome.core.clamp import Clamp, When
     from actome.core.errors import (
         ActomeError,
         ClampError,
@@ -59,7 +63,9 @@ if TYPE_CHECKING:
         TextError,
     )
     from actome.core.measure import Measure
-    from actome.core.model import Model, load, wrap
+    from actome.core.generate import Generation
+    from actome.core.load import load, wrap
+    from actome.core.model import Model
     from actome.core.recording import Recording
     from actome.core.sites import Site
     from actome.core.text import Text

@@ -210,18 +210,19 @@ def silenced(module: nn.Module, columns: slice = slice(None)):
 
 
 def ablations(model: LlamaForCausalLM, text_BT: Tensor, repeats: Repeats) -> dict[str, list]:
-    """Loss on text with each MLP silenced, and loss on the second copy with each head silenced [layer][head]."""
-    width, mlps, heads = model.config.head_dim, [], []
+    """Loss on text without each MLP and each attention [layer]; on the second copy without each head [layer][head]."""
+    width, heads = model.config.head_dim, range(model.config.num_attention_heads)
+    without = {"mlp": [], "attention": [], "head": []}
     for layer in model.model.layers:
-        with silenced(layer.mlp.down_proj):
-            mlps.append(token_losses(model, text_BT).mean().item())
-        of_layer = []
-        for head in range(model.config.num_attention_heads):
+        for name, module in (("mlp", layer.mlp.down_proj), ("attention", layer.self_attn.o_proj)):
+            with silenced(module):
+                without[name].append(token_losses(model, text_BT).mean().item())
+        without["head"].append([])
+        for head in heads:
             with silenced(layer.self_attn.o_proj, slice(head * width, (head + 1) * width)):
                 losses_BT = token_losses(model, repeats.tokens_BT)
-            of_layer.append(span_loss(losses_BT, repeats.second, repeats.length))
-        heads.append(of_layer)
-    return {"text_loss_without_mlp": mlps, "second_copy_loss_without_head": heads}
+            without["head"][-1].append(span_loss(losses_BT, repeats.second, repeats.length))
+    return without
 
 
 def evaluate(root: Path) -> None:
@@ -250,10 +251,11 @@ def evaluate(root: Path) -> None:
         }
         result["checkpoints"][step] = figures
     result["mixed_text_loss"] = token_losses(model, mixed_BT).mean().item()
-    result["ablations_of_last"] = ablations(model, mixed_BT, repeats)
-    result["continuations_of_last"] = continuations(model, tokenizer)
-    (root / "measurements.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
-    print(tables(rounded(result)))
+    result["loss_without"] = ablations(model, mixed_BT, repeats)
+    result["continuations"] = continuations(model, tokenizer)
+    four_digits = json.loads(json.dumps(result), parse_float=lambda digits: round(float(digits), 4))
+    (root / "measurements.json").write_text(json.dumps(four_digits, indent=1) + "\n")
+    print(tables(four_digits))
 
 
 def continuations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
@@ -267,44 +269,33 @@ def continuations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -
     return texts
 
 
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
 def tables(result: dict) -> str:
     """The measurements as Markdown: losses by checkpoint, then heads and layers of the last checkpoint."""
-    base = result["baselines"]
-    lines = ["| step | English | source | first copy | second copy | second span, control | best induction head |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for name in ("unigram", "bigram"):
-        lines.append(f"| {name} | {base['english'][name]:.2f} | {base['source'][name]:.2f} | | | | |")
-    columns = ("english", "source", "first_copy", "second_copy", "second_span_control")
+    base, without = result["baselines"], result["loss_without"]
+    rows = [[name, *(f"{base[kind][name]:.2f}" for kind in base), "", "", "", ""] for name in ("unigram", "bigram")]
     for step, figures in result["checkpoints"].items():
+        columns = ("english", "source", "first_copy", "second_copy", "second_span_control")
         best = max(score for layer in figures["heads"]["induction"] for score in layer)
-        lines.append(f"| {step} | " + " | ".join(f"{figures[column]:.2f}" for column in columns) + f" | {best:.2f} |")
-    heads, without = figures["heads"], result["ablations_of_last"]["second_copy_loss_without_head"]
-    lines += ["", "| head | previous | first | induction | its control | second-copy loss without it |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for layer, of_layer in enumerate(without):
+        rows.append([step, *(f"{figures[column]:.2f}" for column in columns), f"{best:.2f}"])
+    losses = table("step, English, source, first copy, second copy, second span of the control, best induction", rows)
+
+    names, rows = ("previous", "first", "induction", "induction_control"), []
+    for layer, of_layer in enumerate(without["head"]):
         for head, loss in enumerate(of_layer):
-            names = ("previous", "first", "induction", "induction_control")
-            scores = " | ".join(f"{heads[name][layer][head]:.2f}" for name in names)
-            lines.append(f"| {layer}.{head} | {scores} | {loss:.2f} |")
-    lines += ["", "| layer | Gini of units | mean abs act, 0/10/50/90/100 % | open share, 0/10/50/90/100 % |"]
-    lines[-1] += " massive ratio | without first | rank | text loss without the MLP |"
-    lines += ["|---|---|---|---|---|---|---|---|"]
+            scores = (f"{figures['heads'][name][layer][head]:.2f}" for name in names)
+            rows.append([f"{layer}.{head}", *scores, f"{loss:.2f}"])
+    heads = table("head, previous, first, induction, its control, second-copy loss without it", rows)
+
+    rows = []
     for layer, health in enumerate(figures["layers"]):
-        sizes, shares = (
-            " ".join(f"{value:.3f}" for value in health[name])
-            for name in ("mean_abs_act_quantiles", "open_share_quantiles")
-        )
-        lines.append(
-            f"| {layer} | {health['gini_of_mean_abs_act']:.2f} | {sizes} | {shares} | {health['massive_ratio']:.0f} | "
-            f"{health['massive_ratio_without_first']:.0f} | {health['rank']:.1f} | "
-            f"{result['ablations_of_last']['text_loss_without_mlp'][layer]:.2f} |"
-        )
-    return "\n".join(lines)
+        quantiles = (health["mean_abs_act_quantiles"], health["open_share_quantiles"])
+        rows.append([str(layer), *(" ".join(f"{value:.2f}" for value in values) for values in quantiles)])
+        rows[-1] += [f"{health[name]:.2f}" for name in ("gini_of_mean_abs_act", "massive_ratio", "rank")]
+        rows[-1] += [f"{without[name][layer]:.2f}" for name in ("mlp", "attention")]
+    columns = "layer, mean abs act, open share, Gini, massive ratio, rank, loss without MLP, loss without attention"
+    return "\n".join([losses, heads, table(columns, rows)])
+
+
+def table(columns: str, rows: list[list]) -> str:
+    lines = [columns.split(", "), ["---"] * (columns.count(",") + 1), *rows]
+    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)

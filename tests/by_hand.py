@@ -220,7 +220,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 
 def column_of(name: str, site: str) -> Column:
     """The column of a tiny model that a site belongs to."""
-    return next(c for c in reversed(COLUMNS[name]) if site.startswith(c.prefix))
+    # A site without a prefix among prefixed columns (`logits`) is the last column's.
+    return next((c for c in COLUMNS[name] if site.startswith(c.prefix)), COLUMNS[name][-1])
 
 
 def block_of(module: nn.Module, column: Column, layer: int) -> nn.Module:

@@ -170,11 +170,12 @@ def test_dims_and_sizes_are_those_of_the_tensors(name: str) -> None:
         length = column_of(name, site.name).length
         for dim, size, real in zip(site.dims, site.sizes, value.shape, strict=True):
             if dim == "batch":
-                assert real == BATCH and size is None, site
+                assert (real, size) == (BATCH, None), site
             elif dim in ("pos", "query"):
-                assert real == length and size is None, site
+                assert (real, size) == (length, None), site
             elif dim == "key":
-                assert real == (COLUMNS[name][0].length if ".cross." in site.name else length) and size is None, site
+                keys = COLUMNS[name][0].length if ".cross." in site.name else length
+                assert (real, size) == (keys, None), site
             else:
                 assert size == real, (site, dim)
         assert value.isfinite().all() or last == "scores", site
@@ -183,7 +184,7 @@ def test_dims_and_sizes_are_those_of_the_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_sites_come_in_forward_order(name: str) -> None:
     order = [site.name for site in wrapped(name).sites()]
-    for column, block, at in blocks(name):
+    for column, _, at in blocks(name):
         chain = [
             at + local
             for local in ("resid.pre", "attn.q", "attn.pattern", "attn.z", "resid.mid", "mlp.act", "resid.post")
@@ -198,19 +199,19 @@ def test_sites_come_in_forward_order(name: str) -> None:
 
 
 @contextmanager
-def captured(module: nn.Module) -> Iterator[list[Any]]:
-    """What the root module returns, seen by a plain hook."""
-    outs: list[Any] = []
-    with module.register_forward_hook(lambda _, __, out: outs.append(out)):
-        yield outs
+def watched(module: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
+    """(arguments, output) of each call of a module, seen by a plain hook."""
+    calls: list[tuple[Any, Any]] = []
+    with module.register_forward_hook(lambda _, args, out: calls.append((args, out))):
+        yield calls
 
 
 def assert_reading_is_exact(model: ac.Model, given: dict[str, Tensor]) -> None:
     with torch.no_grad():
         bare = tensors(model.module(**given))
-    with captured(model.module) as outs:
+    with watched(model.module) as calls:
         model.record(given, [site.name for site in model.sites()], stop=False)
-    tapped = tensors(outs[0])
+    tapped = tensors(calls[0][1])
     assert len(bare) == len(tapped) > 0
     assert all(torch.equal(a, b) for a, b in zip(bare, tapped, strict=True))
 
@@ -276,7 +277,8 @@ def test_patterns_are_distributions_and_weigh_the_values(name: str) -> None:
             pattern = values[f"{at}{kind}.pattern"]
             total = pattern.sum(dim=-1)
             if name == "gpt-oss":  # the rest of a row is its sink
-                assert (total < 1 - 1e-4).any() and (total <= 1 + 1e-5).all()
+                assert (total < 1 - 1e-4).any()
+                assert (total <= 1 + 1e-5).all()
             else:
                 close(total, torch.ones_like(total))
             assert (pattern >= 0).all()
@@ -302,7 +304,16 @@ def _values_by_hand(name: str, block: nn.Module, stream: Tensor) -> Tensor:
     return by_hand.split(qkv, 4).unflatten(-1, (3, -1))[..., 2, :].transpose(1, 2)
 
 
-@pytest.mark.parametrize("name", [n for n in ATTENDING if n not in ("clip", "gemma3-multimodal")])
+def with_kernel(module: nn.Module, kernel: str) -> nn.Module:
+    """Has every part use one attention implementation, also where transformers refuses to change it afterwards."""
+    for part in module.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation = kernel
+    return module
+
+
+# CLIP reports its patterns per tower, under other names; transformers' eager Falcon adds alibi twice.
+@pytest.mark.parametrize("name", [n for n in ATTENDING if n not in ("clip", "falcon-rw")])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_patterns_are_those_that_transformers_reports(name: str, padded: bool) -> None:
     """Under the default kernel, compared with the library's own eager run."""
@@ -312,11 +323,7 @@ def test_patterns_are_those_that_transformers_reports(name: str, padded: bool) -
             pytest.skip("nothing is padded in images and sounds of one size")
         given["attention_mask"] = torch.ones_like(given["input_ids"])
         given["attention_mask"][0, :2] = 0  # on the left, as for generation
-    eager = TINY[name]()
-    eager.config._attn_implementation = "eager"
-    for part in eager.modules():
-        if hasattr(part, "config") and hasattr(part.config, "_attn_implementation"):
-            part.config._attn_implementation = "eager"
+    eager = with_kernel(TINY[name](), "eager")
     with torch.no_grad():
         out = eager(**given, output_attentions=True)
     model = wrapped(name)
@@ -388,13 +395,10 @@ def test_mlp_pre_is_what_the_projection_before_it_gives(name: str) -> None:
     for column, block, at in blocks(name):
         if at + "mlp.pre" not in recorded(name):
             continue
-        seen: list[Tensor] = []
-        with (
-            torch.no_grad(),
-            block.get_submodule(column.gate).register_forward_hook(lambda _, __, out: seen.append(out)),
-        ):
+        with torch.no_grad(), watched(block.get_submodule(column.gate)) as calls:
             model.module(**inputs(name))
-        gate = seen[0].chunk(2, dim=-1)[0] if column.half else seen[0]
+        out = calls[0][1]
+        gate = out.chunk(2, dim=-1)[0] if column.half else out
         value = recorded(name)[at + "mlp.pre"]
         assert torch.equal(value, gate.view_as(value))
 
@@ -405,15 +409,10 @@ def test_router_and_chosen_experts_make_the_blocks_output(name: str) -> None:
     for column, block, at in blocks(name):
         if at + "moe.router" not in values:
             continue
-        seen: dict[str, Any] = {}
         experts, router = block.mlp.experts, block.get_submodule(column.router)
-        with (
-            torch.no_grad(),
-            experts.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0])),
-            router.register_forward_hook(lambda _, __, out: seen.update(router=out)),
-        ):
+        with torch.no_grad(), watched(experts) as fed, watched(router) as routed:
             model.module(**inputs(name))
-            hidden, (_, weights, chosen) = seen["hidden"], seen["router"]
+            hidden, (_, weights, chosen) = fed[0][0][0], routed[0][1]
             logits = hidden @ router.weight.T + getattr(router, "bias", 0.0)
             outputs = by_hand.expert_outputs(experts, hidden, chosen)
         close(values[at + "moe.router"].flatten(0, 1), logits)
@@ -491,9 +490,11 @@ def test_positions_are_counted_within_the_stack_of_the_site(name: str) -> None:
         site = f"{column.prefix}blocks.0.resid.post"
         value = recorded(name)[site]
         for position in (0, -1, column.length - 2):
+            # A norm behind the site would swallow a shift that is the same in every channel.
+            vector = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(1))
             full = torch.zeros(column.length, value.shape[-1])
-            full[position] = 1.0
-            with model.clamp(ac.Add(site, 1.0, positions=position)):
+            full[position] = vector
+            with model.clamp(ac.Add(site, vector, positions=position)):
                 got = outputs(model, given)
             with by_hand.added(model.module, name, site, full):
                 wanted = outputs(model, given)
@@ -519,7 +520,7 @@ def test_combine_weights_scale_as_by_hand_and_stay_within_the_choice(name: str) 
         assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(got, wanted, strict=True))
         with pytest.raises(ac.ClampError, match="did not choose"), model.clamp(ac.Add(at + "moe.weights", 1.0)):
             outputs(model, given)
-        with pytest.raises(ac.ClampError, match="moe.router"):
+        with pytest.raises(ac.ClampError, match=r"moe\.router"):
             model.clamp(ac.Add(at + "moe.chosen", 1.0))
 
 
@@ -555,7 +556,8 @@ def test_gradients_of_what_is_added_are_those_by_hand(name: str) -> None:
         with model.clamp(ac.Add(site.name, **arguments)):
             loss().backward()
         got = arguments["value"].grad
-        assert got is not None and (got != 0).any(), site
+        assert got is not None, site
+        assert (got != 0).any(), site
         full = full.detach().requires_grad_()
         with by_hand.added(model.module, name, site.name, full):
             loss().backward()
@@ -574,16 +576,19 @@ def test_gradients_at_recorded_tensors_are_those_of_what_is_added_there(name: st
         "logits" if "logits" in EXPECTED[name] else max(s.name for s in model.sites() if s.local.endswith("resid.post"))
     )
     for site in writable(name):
-        vector = torch.zeros(recorded(name)[site.name].shape[-1], requires_grad=True)
-        if final == site.name or (final.startswith("vision.") and site.name.startswith("text.")):
+        if final == site.name:
             continue
-        with model.clamp(ac.Add(site.name, vector)):
+        arguments, _ = delta_for(site, recorded(name)[site.name])
+        nothing = arguments["value"] = torch.zeros_like(arguments["value"]).requires_grad_()
+        with model.clamp(ac.Add(site.name, **arguments)):
             recording = model.record(given, final, grad=True)
-        (wanted,) = torch.autograd.grad(recording[final].pow(2).sum(), vector, allow_unused=True)
+        (wanted,) = torch.autograd.grad(recording[final].pow(2).sum(), nothing, allow_unused=True)
         if wanted is None:
-            continue  # after the tensor that the loss is made of, or in the other tower
+            continue  # in the other tower, or behind the tensor that the loss is made of
         recording = model.record(given, [site.name, final], grad=True)
+        close(recording[site.name], recorded(name)[site.name])  # kernels may differ when a graph is kept
         (got,) = torch.autograd.grad(recording[final].pow(2).sum(), recording[site.name])
+        got = got[..., 2, :] if site.name.endswith(".k") else got
         got = got.flatten(0, -2).sum(dim=0)
         scale = max(float(wanted.abs().max()), 1e-3)
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * scale, msg=lambda m, s=site: f"{s.name}: {m}")
@@ -756,8 +761,7 @@ def test_t5_without_a_head_or_without_a_decoder() -> None:
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3", "mixtral", "bert", "t5", "falcon"])
 def test_both_attention_implementations_read_exactly_and_write_alike(name: str, kernel: str) -> None:
-    module = TINY[name]()
-    module.set_attn_implementation(kernel)
+    module = with_kernel(TINY[name](), kernel)
     model = ac.wrap(module)
     missing = {f"blocks.*.attn.{part}" for part in "qkv"} if (name, kernel) == ("falcon", "eager") else set()
     assert {site.local for site in model.sites()} == EXPECTED[name] - missing
@@ -804,7 +808,7 @@ def test_generation_under_a_clamp_is_that_with_a_plain_hook(name: str) -> None:
     ]
     changed = False
     for site in sites:
-        vector = 2.0 * torch.randn(recorded(name)[site.name].shape[-1], generator=torch.Generator().manual_seed(3))
+        vector = 9.0 * torch.randn(recorded(name)[site.name].shape[-1], generator=torch.Generator().manual_seed(3))
         with model.clamp(ac.Add(site.name, vector)):
             got = model.generate(ids, max_new_tokens=8).ids
         with by_hand.added(model.module, name, site.name, vector):
@@ -827,10 +831,9 @@ def test_plain_modules_are_reached_by_path(name: str) -> None:
     paths = [path for path, part in module.named_modules() if path]
     bare = model(x).detach()
     for path in paths:
-        seen: list[Any] = []
-        with module.get_submodule(path).register_forward_hook(lambda _, args, out: seen.append((args, out))):
+        with watched(module.get_submodule(path)) as calls:
             module(x)
-        ((args, out),) = seen
+        ((args, out),) = calls
         out = out[0] if isinstance(out, tuple) else out
         recording = model.record(x, [f"module:{path}", f"module:{path}@in"])
         assert torch.equal(recording[f"module:{path}"], out)
@@ -840,6 +843,7 @@ def test_plain_modules_are_reached_by_path(name: str) -> None:
             got = model(x).detach()
         with by_hand.after(module.get_submodule(path), lambda y, v=vector: y + v):
             wanted = model(x).detach()
-        assert torch.equal(got, wanted) and not torch.equal(got, bare), path
+        assert torch.equal(got, wanted), path
+        assert not torch.equal(got, bare), path
     assert {site.name for site in model.sites()} >= {f"module:{path}" for path in paths}
     assert state_of(module) == before

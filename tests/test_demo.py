@@ -127,9 +127,9 @@ def test_training_makes_the_model_copy_random_repeats(last):
 
 
 def test_card_and_measurements_are_of_these_checkpoints():
-    measured = json.loads((DEMO_MODEL / "measurements.json").read_text())["checkpoints"]
+    measured = json.loads((DEMO_MODEL / "measurements.json").read_text(encoding="utf-8"))["checkpoints"]
     assert [int(step) for step in measured] == demo_steps()
-    card = (DEMO_MODEL / "CARD.md").read_text()
+    card = (DEMO_MODEL / "CARD.md").read_text(encoding="utf-8")
     for step, figures in measured.items():
         assert f"| {step} | {figures['english']:.2f} | {figures['source']:.2f} |" in card
 

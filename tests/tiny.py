@@ -16,67 +16,67 @@ from torch import nn
 BATCH, LENGTH, VOCAB = 2, 7, 64
 IMAGE, PATCH, MELS, FRAMES = 8, 4, 8, 12
 
-_WORDS = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-_MODERN = _WORDS | dict(
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
-_OPT = _WORDS | dict(
-    hidden_size=24,
-    word_embed_proj_dim=24,
-    ffn_dim=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    dropout=0.0,
-)
+_WORDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_MODERN = _WORDS | {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_OPT = _WORDS | {
+    "hidden_size": 24,
+    "word_embed_proj_dim": 24,
+    "ffn_dim": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+}
 _NEOX = {k: v for k, v in _MODERN.items() if k != "num_key_value_heads"}
-_FALCON = _WORDS | dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-_BERT = _NEOX | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-_MOE = _MODERN | dict(num_experts_per_tok=2)
-_TEXT_TOWER = _NEOX | dict(projection_dim=12)
-_VISION_TOWER = dict(
-    hidden_size=16,
-    intermediate_size=28,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    image_size=IMAGE,
-    patch_size=PATCH,
-    projection_dim=12,
-)
-_T5 = dict(
-    vocab_size=VOCAB,
-    d_model=24,
-    d_kv=5,  # heads * d_kv differs from d_model, as in the larger T5s
-    d_ff=40,
-    num_layers=2,
-    num_decoder_layers=3,
-    num_heads=4,
-    dropout_rate=0.0,
-    decoder_start_token_id=0,
-)
-_WHISPER = _WORDS | dict(
-    d_model=24,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=3,
-    encoder_ffn_dim=40,
-    decoder_ffn_dim=32,
-    num_mel_bins=MELS,
-    max_source_positions=FRAMES // 2,
-    max_target_positions=32,
-    decoder_start_token_id=1,
-)
+_FALCON = _WORDS | {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+_BERT = _NEOX | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_MOE = _MODERN | {"num_experts_per_tok": 2}
+_TEXT_TOWER = _NEOX | {"projection_dim": 12}
+_VISION_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 28,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": IMAGE,
+    "patch_size": PATCH,
+    "projection_dim": 12,
+}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 24,
+    "d_kv": 5,  # heads * d_kv differs from d_model, as in the larger T5s
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
+_WHISPER = _WORDS | {
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 32,
+    "num_mel_bins": MELS,
+    "max_source_positions": FRAMES // 2,
+    "max_target_positions": 32,
+    "decoder_start_token_id": 1,
+}
 
 
 def _gemma3() -> nn.Module:
-    text = _MODERN | dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=4, final_logit_softcapping=5.0)
-    text |= dict(layer_types=["sliding_attention", "full_attention"])
+    text = _MODERN | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "final_logit_softcapping": 5.0}
+    text |= {"layer_types": ["sliding_attention", "full_attention"]}
     config = tf.Gemma3Config(text_config=text, vision_config=_VISION_TOWER, image_token_id=3, mm_tokens_per_image=4)
     return tf.Gemma3ForConditionalGeneration(config)
 
@@ -91,7 +91,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     "neox-sequential": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_NEOX, use_parallel_residual=False)),
     "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**_OPT)),
     "opt-post-norm": lambda: tf.OPTForCausalLM(
-        tf.OPTConfig(**_OPT | dict(word_embed_proj_dim=16), do_layer_norm_before=False)
+        tf.OPTConfig(**_OPT | {"word_embed_proj_dim": 16}, do_layer_norm_before=False)
     ),
     "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(**_WORDS, hidden_size=24, n_layer=2, n_head=4)),
     "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**_FALCON)),
@@ -104,7 +104,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     "gptj": lambda: tf.GPTJForCausalLM(
         tf.GPTJConfig(**_WORDS, n_embd=24, n_layer=2, n_head=4, rotary_dim=4, n_positions=64, tie_word_embeddings=False)
     ),
-    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_MODERN | dict(num_hidden_layers=3))),
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_MODERN | {"num_hidden_layers": 3})),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_MODERN, sliding_window=4)),
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_MODERN)),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_MODERN, head_dim=8)),
@@ -128,7 +128,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     "olmoe": lambda: tf.OlmoeForCausalLM(tf.OlmoeConfig(**_MOE, num_experts=4)),
     "qwen3-moe": lambda: tf.Qwen3MoeForCausalLM(
         tf.Qwen3MoeConfig(
-            **_MOE | dict(num_hidden_layers=3),
+            **_MOE | {"num_hidden_layers": 3},
             num_experts=4,
             moe_intermediate_size=20,
             head_dim=8,
@@ -138,7 +138,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     ),
     "deepseek-v3": lambda: tf.DeepseekV3ForCausalLM(
         tf.DeepseekV3Config(
-            **_MOE | dict(num_key_value_heads=4, num_hidden_layers=3),
+            **_MOE | {"num_key_value_heads": 4, "num_hidden_layers": 3},
             n_routed_experts=4,
             n_group=2,
             topk_group=1,
@@ -160,7 +160,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**_BERT)),
     "modernbert": lambda: tf.ModernBertForMaskedLM(
         tf.ModernBertConfig(
-            **_NEOX | dict(num_hidden_layers=3), cls_token_id=1, sep_token_id=2, local_attention=4, attention_bias=True
+            **_NEOX | {"num_hidden_layers": 3}, cls_token_id=1, sep_token_id=2, local_attention=4, attention_bias=True
         )
     ),
     "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)),

@@ -134,9 +134,7 @@ class RegistrySeam(_Seam):
             return out, pattern
         new = point.pass_on(pattern)
         if new is not pattern:
-            groups = new.shape[1] // v.shape[1]
-            v = v if groups == 1 else v.repeat_interleave(groups, dim=1)
-            out = torch.matmul(new.to(v.dtype), v).transpose(1, 2).contiguous()
+            out = torch.matmul(new.to(v.dtype), _for_queries(v, new)).transpose(1, 2).contiguous()
         return out, new
 
 
@@ -192,13 +190,14 @@ class FunctionSeam(_Seam):
                 with torch.no_grad():
                     self._pattern(q, k, args, kw)
             return out
-        return torch.matmul(self._pattern(q, k, args, kw), v)
+        pattern = self._pattern(q, k, args, kw)
+        return torch.matmul(pattern, _for_queries(v, pattern))
 
     def _pattern(self, q: Tensor, k: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
         mask, dropout, causal = (*args, *(None, 0.0, False)[len(args) :])[:3]
         mask, dropout, causal = kw.get("attn_mask", mask), kw.get("dropout_p", dropout), kw.get("is_causal", causal)
         scale = kw.get("scale") or q.shape[-1] ** -0.5
-        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+        scores = torch.matmul(q, _for_queries(k, q).transpose(-1, -2)) * scale
         if causal:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         if mask is not None:
@@ -221,6 +220,13 @@ class _FunctionMode(TorchFunctionMode):
             scores = seam.pass_on("scores", args[0])
             return seam.pass_on("pattern", func(scores, *args[1:], **kwargs))
         return func(*args, **kwargs)
+
+
+def _for_queries(kv: Tensor, queries: Tensor) -> Tensor:
+    """Keys or values with each head repeated for the query heads that share it."""
+    if kv.ndim < 3 or kv.shape[-3] == queries.shape[-3]:
+        return kv
+    return kv.repeat_interleave(queries.shape[-3] // kv.shape[-3], dim=-3)
 
 
 def additive_mask(module: nn.Module, mask: Any, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> Tensor | None:

@@ -30,6 +30,8 @@ class RouterPoint(Point):
     A write is made where the router computes them, so that its own softmax, top k and normalisation follow from it.
     """
 
+    needs_tokens = True
+
     def __init__(self, module: nn.Module, tokens: Tokens):
         super().__init__()
         self.module, self.tokens = module, tokens
@@ -74,6 +76,8 @@ class WeightsPoint(Point):
     A write may change or zero the weight of a chosen expert; to have another expert chosen, clamp ``moe.router``.
     """
 
+    needs_tokens = True
+
     def __init__(self, module: nn.Module, tokens: Tokens, experts: int, part: str = "weights"):
         super().__init__()
         self.module, self.tokens, self.experts, self.part = module, tokens, experts, part
@@ -109,6 +113,8 @@ class ExpertsPoint(Point):
     The experts module only gives their weighted sum, so each choice is computed again on its own: reading costs as
     much as the experts themselves.
     """
+
+    needs_tokens = True
 
     def __init__(self, module: nn.Module, tokens: Tokens):
         super().__init__()

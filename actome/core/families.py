@@ -7,7 +7,6 @@ relative to one block, addresses in `top` to the whole model. The grammar::
 
     path@in          the first tensor argument of the module at `path` (the empty path is the block, or the model)
     path@out         its output; the first element when it is a tuple
-    path@out.NAME    the field NAME of its output object
     path@attention   an attention module that calls transformers' attention registry: offers q, k, v, scores, pattern
     path@functions   one that does not: a function mode on softmax and scaled_dot_product_attention within its forward
     path@router      a top-k router: returns (logits, weights, indices), one row per token
@@ -25,7 +24,8 @@ What the names mean where architectures differ: `embed` is the token embedding b
 the sequence with its class token and positions, because only that has the positions of the blocks); `attn.out` and
 `mlp.out` are what is added to the residual stream, so after dropout and after a post-norm; `mlp.pre` enters the
 nonlinearity (the gate of a gated MLP); `mlp.act` enters the down projection. In post-norm blocks (BERT) `resid.mid`
-is the sum before the norm, and `resid.post` the output of the block.
+is the sum before the norm, and `resid.post` the output of the block. The row of `logits` names the head, so that a class
+without one offers none; what is tapped is the field ``logits`` of the model's output, after caps that follow the head.
 """
 
 from __future__ import annotations
@@ -102,8 +102,6 @@ _GEMMA2 = _LLAMA | {
     "resid.mid": "pre_feedforward_layernorm@in|inplace",
     "mlp.out": "post_feedforward_layernorm@out",
 }
-# Gemma caps its logits after the head, so the head's output is not yet the logits.
-_GEMMA2_TOP = _LLAMA_TOP | {"logits": "@out.logits"}
 
 _OLMO2 = _LLAMA | {
     "attn.out": "post_attention_layernorm@out",
@@ -330,7 +328,7 @@ FAMILIES: tuple[Family, ...] = (
         ("llama", "mistral", "qwen2", "qwen3", "gemma"),
         (Stack("model.layers", _LLAMA, _LLAMA_TOP),),
     ),
-    Family("gemma 2", ("gemma2", "gemma3_text"), (Stack("model.layers", _GEMMA2, _GEMMA2_TOP),)),
+    Family("gemma 2", ("gemma2", "gemma3_text"), (Stack("model.layers", _GEMMA2, _LLAMA_TOP),)),
     Family(
         "gemma 3, multimodal",
         ("gemma3",),
@@ -341,7 +339,7 @@ FAMILIES: tuple[Family, ...] = (
                 {
                     "embed": "model.language_model.embed_tokens@out",
                     "final_norm": "model.language_model.norm@out",
-                    "logits": "@out.logits",
+                    "logits": "lm_head@out",
                 },
             ),
         ),

@@ -68,3 +68,13 @@ def from_token_major(x: Tensor, dims: tuple[str, ...]) -> Tensor:
     if layout_of(dims) == "tokens":
         axes += position_axes(dims)
     return x.movedim(list(range(len(axes))), axes)
+
+
+def check_width(name: str, found: int, wanted: int) -> None:
+    """Raises when a site's positions are not those of the tokens, so that the mask says nothing of them."""
+    if found != wanted:
+        raise RecordingError(
+            f"{name} has {found} positions where the tokens have {wanted}, so the tokens' mask does not fit it; record "
+            "separately what belongs to other tokens, such as a decoder's sites beside an encoder's, or the keys beside "
+            "a choice of positions"
+        )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +60,8 @@ class Model:
         self._tracker: Any = None
         self._plain: dict[str, Site] = {}
         self._matches: dict[Any, tuple[Site, ...]] = {}
+        self.plans: dict[tuple[Site, ...], Any] = {}
+        self._weight = next(module.parameters(), None)
         signature = inspect.signature(module.forward).parameters
         self._forward_names = set(signature)
         self._open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
@@ -155,7 +156,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        return torch.device("cpu") if self._weight is None else self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -262,11 +263,13 @@ class Model:
             ids = inputs if inputs.ndim == 2 else inputs[None]
             return self._text_arguments(ids.to(self.device), None), ids, None
         else:
-            from .text import encode
+            from .tokens import encode
 
-            batch = encode(inputs, self.tokenizer, padding=padding)
+            batch = encode(inputs, self.tokenizer)
         ids = batch.ids.to(self.device)
         mask = batch.mask.to(self.device) if batch.mask is not None else None
+        if mask is not None and padding == "left":
+            ids, mask = _pad_left(ids, mask)
         return self._text_arguments(ids, mask), ids, mask
 
     def _text_arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -289,31 +292,22 @@ class Model:
 
     # -- taps ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def tap(self, taps: list[tuple[Point, Tap, Kind]], track: bool = False) -> Iterator[TapSet]:
+    def tap(self, taps: list[tuple[Point, Tap, Kind]], track: bool = False) -> Tapped:
         """Installs taps for the time of a block: the way in for code that needs more than the three verbs.
 
         Args:
             taps: (point, function, ``"read"`` | ``"write"`` | ``"keep"``); a point is a site's `address`.
             track: also keep `run` (positions, phase, step, mask) up to date.
         """
-        track = track or any(_needs_tokens(point) for point, _, _ in taps)
-        if track:
-            self._start_tracking()
-        try:
-            with TapSet(taps) as active, eager_stance():
-                yield active
-        finally:
-            if track:
-                self._stop_tracking()
+        return Tapped(self, taps, track)
 
-    def _start_tracking(self) -> None:
+    def start_tracking(self) -> None:
         if not self._tracked:
             self.run.reset()
             self._tracker = track(self.module, self.run)
         self._tracked += 1
 
-    def _stop_tracking(self) -> None:
+    def stop_tracking(self) -> None:
         self._tracked -= 1
         if not self._tracked:
             self._tracker.remove()
@@ -378,12 +372,43 @@ class Model:
         return generate(self, prompt, max_new_tokens=max_new_tokens, **options)
 
 
-def _needs_tokens(point: Point) -> bool:
-    return getattr(point, "tokens", None) is not None
+def _pad_left(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    rows = [row.roll(int((~real).sum())) for row, real in zip(ids, mask, strict=True)]
+    return torch.stack(rows), mask.flip(1)
 
 
-def eager_stance() -> AbstractContextManager[Any]:
-    """Compiled code ignores hooks that came after it: have it run eagerly while there are taps."""
-    if "torch._dynamo" not in sys.modules:  # then nothing has been compiled
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+class Tapped(TapSet):
+    """Taps of one model, with what they need meanwhile: the state of the run, and compiled code run eagerly."""
+
+    __slots__ = ("_model", "_stance", "_track")
+
+    def __init__(self, model: Model, taps: list[tuple[Point, Tap, Kind]], track: bool):
+        super().__init__(taps)
+        self._model = model
+        self._track = track or any(point.needs_tokens for point, _, _ in taps)
+        self._stance: Any = None
+
+    def __enter__(self) -> Tapped:
+        if self._track:
+            self._model.start_tracking()
+        # Compiled code ignores hooks that came after it. Without dynamo nothing can have been compiled.
+        if "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
+        try:
+            super().__enter__()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+        if self._track:
+            self._model.stop_tracking()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import SiteError, nearest
 from .sites import MODULE_PREFIX, Site, SiteTable, expand
@@ -60,6 +60,7 @@ def module_sites(root: nn.Module, pattern: str, known: dict[str, Site]) -> list[
     return found
 
 
-def is_image_module(site: Site) -> bool:
+def module_dims(site: Site, x: Tensor) -> tuple[str, ...]:
+    """The dims of what a plain module's site gave."""
     point = site.address
-    return isinstance(point, HookPoint) and isinstance(point.module, _IMAGE)
+    return plain_dims(x.ndim, isinstance(point, HookPoint) and isinstance(point.module, _IMAGE))

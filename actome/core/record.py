@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .clamp import chosen
 from .errors import RecordingError, SiteError
+from .plain import module_dims
 from .recording import Recording
 from .run import absolute
 from .sites import Site
@@ -18,107 +20,64 @@ from .taps import Kind, Point, StopForward, Tap
 
 if TYPE_CHECKING:
     from .model import Model
-    from .text import Batch
 
 _TIME = ("pos", "query")
+_HEADS = ("head", "kv_head")
 
 
 class _Group:
     """Sites of one shape that are written into one buffer, layer after layer."""
 
-    __slots__ = ("buffer", "names", "whole")
+    __slots__ = ("buffer", "device", "dtype", "names", "shape", "slots", "whole")
 
-    def __init__(self, names: list[str]):
-        self.names = names
+    def __init__(self, names: tuple[str, ...], dtype: torch.dtype | None, device: Any):
+        self.names, self.dtype, self.device = names, dtype, device
         self.buffer: Tensor | None = None
         self.whole = len(names) > 1
 
-    def store(self, x: Tensor, i: int, dtype: torch.dtype | None, device: Any) -> Tensor:
+    def store(self, x: Tensor, i: int) -> Tensor:
+        """A copy of `x`, in the group's buffer when its shape is that of the others."""
         if self.buffer is None:
-            self.buffer = torch.empty((len(self.names), *x.shape), dtype=dtype or x.dtype, device=device or x.device)
-        if self.buffer.shape[1:] != x.shape:
+            dtype, device = self.dtype or x.dtype, self.device or x.device
+            if not self.whole:
+                self.buffer = x.to(device=device, dtype=dtype, copy=True)
+                return self.buffer
+            self.buffer = torch.empty((len(self.names), *x.shape), dtype=dtype, device=device)
+            self.slots, self.shape = self.buffer.unbind(0), x.shape
+        if x.shape != self.shape:
             self.whole = False
-            return x.detach().to(device=device or x.device, dtype=dtype or x.dtype, copy=True)
-        slot = self.buffer[i]
-        slot.copy_(x)
-        return slot
+            return x.to(device=self.buffer.device, dtype=self.buffer.dtype, copy=True)
+        return self.slots[i].copy_(x)
 
 
-class Capture:
-    """The taps of one recording: where each tensor goes, cut to the asked positions, heads and units before copying.
+class Selection:
+    """What a recording cuts out of each tensor before it copies: positions, heads and units."""
 
-    Args:
-        positions, heads, units, dtype, device, grad: see `record`.
-        mask: (batch, pos) of the inputs, or ``None`` when every token is real.
-        stop: the name of the site after which nothing more is needed, or ``None`` to run to the end.
-    """
+    def __init__(self, positions: Any = None, heads: Any = None, units: Any = None):
+        self.positions, self.heads, self.units = positions, heads, units
+        self.everything = positions is None and heads is None and units is None
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        *,
-        positions: Any = None,
-        heads: Any = None,
-        units: Any = None,
-        dtype: torch.dtype | None = None,
-        device: Any = None,
-        grad: bool = False,
-        mask: Tensor | None = None,
-        stop: str | None = None,
-    ):
-        self.sites, self.dtype, self.device, self.grad = sites, dtype, device, grad
-        self.positions, self.mask = positions, mask
-        self.heads, self.units = heads, units
-        self.tensors: dict[str, Tensor] = {}
-        self.groups: dict[str, _Group] = {}
-        self.stop = stop
-        self.cut = positions is not None or heads is not None or units is not None
-
-    def taps(self) -> list[tuple[Point, Tap, Kind]]:
-        locals_: dict[str, list[str]] = {}
-        for site in self.sites:
-            locals_.setdefault(site.local if site.layer is not None else site.name, []).append(site.name)
-        self.groups = {local: _Group(names) for local, names in locals_.items()}
-        kind: Kind = "keep" if self.grad else "read"
-        return [(site.address, self._tap(site), kind) for site in self.sites]
-
-    def _tap(self, site: Site) -> Tap:
-        group = self.groups[site.local if site.layer is not None else site.name]
-        name, index, stop = site.name, group.names.index(site.name), self.stop == site.name
-        cut = self._cut(site) if self.cut else None
-        tensors, dtype, device = self.tensors, self.dtype, self.device
-
-        def capture(x: Tensor) -> None:
-            if cut is not None:
-                x = cut(x)
-            if self.grad:
-                if x.requires_grad:
-                    x.retain_grad()
-                tensors[name] = x if dtype is None and device is None else x.to(device=device, dtype=dtype)
-            else:
-                tensors[name] = group.store(x.detach(), index, dtype, device)
-            if stop:
-                raise StopForward
-
-        return capture
-
-    def _cut(self, site: Site) -> Callable[[Tensor], Tensor]:
+    def cutter(self, site: Site, sites: Sequence[Site], mask: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """The function that cuts a tensor of `site`, or ``None`` when all of it is wanted."""
+        if self.everything:
+            return None
         steps: list[Callable[[Tensor], Tensor]] = []
         dims = site.dims
-        if self.positions is not None and dims:
+        if self.positions is not None:
             axis = next((i for i, d in enumerate(dims) if d in _TIME), None)
             if axis is not None:
-                steps.append(lambda x, a=axis: take_positions(x, a, self.positions, self.mask))
+                steps.append(lambda x, a=axis: take_positions(x, a, self.positions, mask))
         if self.heads is not None:
-            axis = next((i for i, d in enumerate(dims) if d in ("head", "kv_head")), None)
+            axis = next((i for i, d in enumerate(dims) if d in _HEADS), None)
             if axis is not None:
                 index = chosen(self.heads, site.sizes[axis], f"{site.name}: head")
                 steps.append(lambda x, a=axis, i=index: take(x, a, i))
-            elif not any(d in ("head", "kv_head") for s in self.sites for d in s.dims):
+            elif not any(d in _HEADS for s in sites for d in s.dims):
                 raise SiteError(f"{site.name} has no heads (its dims are {', '.join(dims)}); leave out heads=")
         if self.units is not None:
-            size = site.sizes[-1] if site.sizes else None
-            index = chosen(self.units, size, f"{site.name}: {dims[-1] if dims else 'unit'} unit")
+            index = chosen(
+                self.units, site.sizes[-1] if site.sizes else None, f"{site.name}: {dims[-1] if dims else 'unit'} unit"
+            )
             steps.append(lambda x, i=index: take(x, x.ndim - 1, i))
 
         def cut(x: Tensor) -> Tensor:
@@ -128,13 +87,87 @@ class Capture:
 
         return cut
 
+
+class Capture:
+    """The taps of one recording and what they caught.
+
+    Args:
+        plan: (site, local name, index in its group) for each site, and the names of each group.
+        selection: what to cut out; `mask` (batch, pos) says where each row's tokens are.
+        grad: catch the tensors of the graph themselves.
+        stop: the name of the site after which nothing more is needed, or ``None`` to run to the end.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        selection: Selection,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        *,
+        grad: bool = False,
+        mask: Tensor | None = None,
+        stop: str | None = None,
+    ):
+        self.tensors: dict[str, Tensor] = {}
+        self.groups = {local: _Group(names, dtype, device) for local, names in plan.groups.items()}
+        self.taps: list[tuple[Point, Tap, Kind]] = []
+        for site, local, index in plan.sites:
+            cut = selection.cutter(site, plan.asked, mask)
+            ends = site.name == stop
+            tap = (
+                self._keeper(site.name, cut, dtype, device)
+                if grad
+                else self._copier(site.name, cut, self.groups[local], index, ends)
+            )
+            self.taps.append((site.address, tap, "keep" if grad else "read"))
+
+    def _copier(self, name: str, cut: Any, group: _Group, index: int, ends: bool) -> Tap:
+        tensors = self.tensors
+
+        def copy(x: Tensor) -> None:
+            x = x.detach() if x.requires_grad else x
+            tensors[name] = group.store(x if cut is None else cut(x), index)
+            if ends:
+                raise StopForward
+
+        return copy
+
+    def _keeper(self, name: str, cut: Any, dtype: torch.dtype | None, device: Any) -> Tap:
+        def keep(x: Tensor) -> None:
+            x = x if cut is None else cut(x)
+            x = x if dtype is None and device is None else x.to(device=device, dtype=dtype)
+            if x.requires_grad:
+                x.retain_grad()
+            self.tensors[name] = x
+
+        return keep
+
     def stacks(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         """The buffers that hold all sites of one shape: local name -> ((layer, batch, pos, ...), names)."""
         return {
-            local: (group.buffer, tuple(group.names))
+            local: (group.buffer, group.names)
             for local, group in self.groups.items()
-            if group.whole and group.buffer is not None and all(name in self.tensors for name in group.names)
+            if group.whole and group.buffer is not None
         }
+
+
+class Plan:
+    """How a choice of sites is grouped; made once for each choice and kept with the model."""
+
+    def __init__(self, sites: tuple[Site, ...]):
+        groups: dict[str, list[str]] = {}
+        self.asked = sites
+        self.sites: list[tuple[Site, str, int]] = []
+        for site in sites:
+            local = site.local if site.layer is not None else site.name
+            names = groups.setdefault(local, [])
+            self.sites.append((site, local, len(names)))
+            names.append(site.name)
+        self.groups = {local: tuple(names) for local, names in groups.items()}
+        self.dims = {site.name: site.dims for site in sites}
+        self.fixed = all(site.dims for site in sites)
+        self.last: str | None = None
 
 
 def record(
@@ -191,85 +224,102 @@ def record(
         >>> rec["blocks.0.attn.pattern"].shape[:3]
         torch.Size([2, 1, 1])
     """
-    found = model.match(sites)
-    options = {"positions": positions, "heads": heads, "units": units, "dtype": dtype, "device": device}
-    last = _last_needed(model, found) if stop and not grad else None
+    plan = _plan(model, model.match(sites))
+    last = _last_needed(model, plan) if stop and not grad else None
+    job = Job(model, plan, Selection(positions, heads, units), dtype, device, last, grad)
     if out is None and not _is_stream(inputs):
-        return _record_once(model, inputs, found, last, grad, options)
+        return _record_once(job, inputs)
     if grad:
         raise RecordingError("grad=True keeps a graph in memory; it cannot be streamed. Give one batch and no out=")
     from .streaming import record_to_disk, record_to_memory
 
     if out is None:
-        return record_to_memory(model, inputs, found, last, options, progress)
+        return record_to_memory(job, inputs, progress)
     modes = {"append": append, "resume": resume, "overwrite": overwrite}
-    return record_to_disk(model, inputs, found, last, options, Path(out), modes, batch_size, progress)
+    return record_to_disk(job, inputs, Path(out), modes, batch_size, progress)
+
+
+@dataclass(slots=True)
+class Job:
+    """One recording: what to record of which model, and how."""
+
+    model: Model
+    plan: Plan
+    selection: Selection
+    dtype: torch.dtype | None
+    device: Any
+    stop: str | None
+    grad: bool = False
+
+    def forward(self, arguments: dict[str, Any], mask: Tensor | None) -> Capture:
+        """Runs one forward and returns what was captured; every site must have been reached."""
+        capture = Capture(
+            self.plan, self.selection, self.dtype, self.device, grad=self.grad, mask=mask, stop=self.stop
+        )
+        with self.model.tap(capture.taps), torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            try:
+                self.model.module(**arguments)
+            except StopForward:
+                pass
+        if len(capture.tensors) < len(self.plan.sites):
+            missing = [site.name for site in self.plan.asked if site.name not in capture.tensors]
+            raise SiteError(f"the forward did not reach {', '.join(missing[:4])}; is it used for these inputs?")
+        return capture
+
+    def tokens(self, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The ids and the mask of what was recorded."""
+        if self.selection.positions is None or ids is None:
+            return ids, mask
+        return take_positions(ids, 1, self.selection.positions, mask), None
+
+    def dims(self, tensors: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        """The dims of what was recorded; those of plain modules are told from the tensors."""
+        if self.plan.fixed:
+            return self.plan.dims
+        return {site.name: site.dims or module_dims(site, tensors[site.name]) for site in self.plan.asked}
+
+
+def _plan(model: Model, sites: tuple[Site, ...]) -> Plan:
+    plan = model.plans.get(sites)
+    if plan is None:
+        plan = model.plans[sites] = Plan(sites)
+    return plan
 
 
 def _is_stream(inputs: Any) -> bool:
+    if isinstance(inputs, (Tensor, str, list, dict)):
+        return False
     from .text import Text
 
     return isinstance(inputs, Text)
 
 
-def _record_once(
-    model: Model, inputs: Any, found: Sequence[Site], last: str | None, grad: bool, options: dict[str, Any]
-) -> Recording:
-    arguments, ids, mask = model.arguments(inputs)
-    capture = capture_forward(model, arguments, found, mask, last, grad, options)
-    tokens = ids
-    if options["positions"] is not None and ids is not None:
-        tokens = take_positions(ids, 1, options["positions"], mask)
-        mask = None
+def _record_once(job: Job, inputs: Any) -> Recording:
+    arguments, ids, mask = job.model.arguments(inputs)
+    capture = job.forward(arguments, mask)
+    ids, mask = job.tokens(ids, mask)
     return Recording(
         capture.tensors,
-        {site.name: dims_at(model, site, capture.tensors[site.name]) for site in found},
-        tokens=tokens,
+        job.dims(capture.tensors),
+        tokens=ids,
         mask=mask,
         stacks=capture.stacks(),
-        meta={"model": model.name},
+        meta={"model": job.model.name},
     )
 
 
-def capture_forward(
-    model: Model,
-    arguments: dict[str, Any],
-    found: Sequence[Site],
-    mask: Tensor | None,
-    last: str | None,
-    grad: bool,
-    options: dict[str, Any],
-) -> Capture:
-    """Runs one forward and returns what was captured; every site must have been reached."""
-    capture = Capture(found, mask=mask, stop=last, grad=grad, **options)
-    with model.tap(capture.taps()), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        try:
-            model.module(**arguments)
-        except StopForward:
-            pass
-    missing = [site.name for site in found if site.name not in capture.tensors]
-    if missing:
-        raise SiteError(f"the forward did not reach {', '.join(missing[:4])}; is it used for these inputs?")
-    return capture
-
-
-def dims_at(model: Model, site: Site, x: Tensor) -> tuple[str, ...]:
-    """The dims of a recorded tensor; those of plain modules are told from its shape."""
-    if site.dims:
-        return site.dims
-    from .plain import is_image_module, plain_dims
-
-    return plain_dims(x.ndim, is_image_module(site))
-
-
-def _last_needed(model: Model, found: Sequence[Site]) -> str | None:
+def _last_needed(model: Model, plan: Plan) -> str | None:
     """The site after which the forward may end: the last of those recorded and of those under an active clamp."""
     order = model.order
-    needed = [site.name for site in found] + [one.site.name for c in model.clamped for one in c.active]
-    if any(name not in order for name in needed):
-        return None  # plain modules: nobody knows which comes last
-    last = max(needed, key=order.__getitem__)
-    return last if any(site.name == last for site in found) else None
+    if plan.last is None:
+        names = [site.name for site in plan.asked]
+        # Of plain modules nobody knows which comes last.
+        plan.last = max(names, key=order.__getitem__) if all(name in order for name in names) else ""
+    for context in model.clamped:
+        for one in context.active:
+            if order.get(one.site.name, len(order)) > order.get(plan.last, -1):
+                return None
+    return plan.last or None
 
 
 def take(x: Tensor, axis: int, index: list[int]) -> Tensor:
@@ -305,15 +355,3 @@ def take_positions(x: Tensor, axis: int, positions: Any, mask: Tensor | None) ->
     expanded = list(x.shape)
     expanded[axis] = index.shape[1]
     return x.gather(axis, index.view(shape).expand(expanded))
-
-
-def iterate(text: Any, batch_size: int, model: Model) -> Iterator[Batch]:
-    """Batches of a `Text`, or of a list of texts."""
-    from .text import Text
-
-    if isinstance(text, Text):
-        yield from text
-        return
-    if isinstance(text, str):
-        text = [text]
-    yield from Text(text, model.tokenizer, context=model.context, batch_size=batch_size, pack=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import RecordingError, SiteError, nearest
-from .layout import IMAGE, batch_axis, layout_of, position_axes, token_major
+from .layout import IMAGE, batch_axis, check_width, layout_of, position_axes, token_major
+from .show import in_words, table
 from .sites import Site, select
 
 Stacks = Mapping[str, tuple[Tensor, tuple[str, ...]]]
@@ -187,8 +187,12 @@ class Recording(Mapping[str, Tensor]):
         if self.mask is None:
             return x
         keep = self.mask[row].nonzero().flatten().to(x.device)
-        rest = [dim for dim in dims if dim != "batch"]
-        for axis in position_axes(tuple(rest)) if layout_of(dims) == "pairs" else [0][: layout_of(dims) == "tokens"]:
+        layout = layout_of(dims)
+        if layout == "tokens":
+            check_width(name, x.shape[0], self.mask.shape[1])
+            return x[keep]
+        for axis in position_axes(tuple(dim for dim in dims if dim != "batch")):
+            # Attention across sequences or into a cache has a side that the tokens at hand say nothing of.
             if x.shape[axis] == self.mask.shape[1]:
                 x = x.index_select(axis, keep)
         return x
@@ -247,30 +251,11 @@ class Recording(Mapping[str, Tensor]):
                     dict(part), part.tokens, part.mask, part.source, part.numbers, prompt_length=part.prompt_length
                 )
 
-    # -- printing -----------------------------------------------------------------------------------------------------
-
     def __repr__(self) -> str:
-        total, lines = 0, []
-        for names, sizes, dtype, nbytes in self._groups():
-            shape = ", ".join(f"{dim} {size}" for dim, size in zip(self.dims[names[0]], sizes, strict=True))
-            lines.append((_run_name(names), shape, dtype, _bytes(nbytes)))
-            total += nbytes
-        head = f"Recording{self._place()} of {self.n_sequences} sequences, {self.n_tokens} tokens, {_bytes(total)}"
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines[:40]]
-        if len(lines) > 40:
-            table.append(f"... and {len(lines) - 40} more lines")
-        return "\n  ".join([head, *table])
-
-    def _groups(self) -> list[tuple[list[str], tuple[int, ...], str, int]]:
-        """Runs of sites that differ in their layer alone: names, sizes, dtype, bytes."""
-        groups: dict[tuple[Any, ...], tuple[list[str], tuple[int, ...], str, int]] = {}
-        for name, dims in self.dims.items():
-            sizes, dtype, nbytes = self._size(name)
-            key = (Site(name, tuple(dims)).local, tuple(dims), sizes, dtype)
-            names, _, _, before = groups.get(key, ([], (), "", 0))
-            groups[key] = ([*names, name], sizes, dtype, before + nbytes)
-        return list(groups.values())
+        sizes = {name: self._size(name) for name in self.dims}
+        total = in_words(sum(nbytes for _, _, nbytes in sizes.values()))
+        head = f"Recording{self._place()} of {self.n_sequences} sequences, {self.n_tokens} tokens, {total}"
+        return "\n  ".join([head, *table(self.dims, sizes)])
 
     # -- what a recording on disk does differently --------------------------------------------------------------------
 
@@ -311,15 +296,6 @@ class Recording(Mapping[str, Tensor]):
         return nearest(name, known) or f"; it has {len(self.dims)}: {', '.join(list(self.dims)[:8])}"
 
 
-def check_width(name: str, found: int, wanted: int) -> None:
-    """Raises when a site's positions are not those of the tokens, so that the mask says nothing of them."""
-    if found != wanted:
-        raise RecordingError(
-            f"{name} has {found} positions where the tokens have {wanted}, so the tokens' mask does not fit it; record "
-            "sites of another sequence (such as a decoder's beside an encoder's) separately, with their own tokens"
-        )
-
-
 def _stack(names: tuple[str, ...], read: Any) -> Tensor:
     first = read(names[0])
     stack = first.new_empty((len(names), *first.shape))
@@ -332,23 +308,3 @@ def _stack(names: tuple[str, ...], read: Any) -> Tensor:
             )
         stack[i] = x
     return stack
-
-
-def _run_name(names: list[str]) -> str:
-    # blocks.{0..11}.resid.post for twelve consecutive layers, as one would ask for them.
-    layers = [re.search(r"(?:^|\.)blocks\.(\d+)\.", name) for name in names]
-    if len(names) < 2 or not all(layers):
-        return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    numbers = [int(layer[1]) for layer in layers if layer]
-    span = f"{{{','.join(map(str, numbers))}}}"
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        span = f"{{{numbers[0]}..{numbers[-1]}}}"
-    return re.sub(r"((?:^|\.)blocks\.)\d+\.", lambda found: f"{found[1]}{span}.", names[0])
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

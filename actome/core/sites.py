@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .errors import SiteError, nearest
 
@@ -19,7 +20,7 @@ MODULE_PREFIX = "module:"
 STREAM_DIMS = ("batch", "pos", "query", "key", "height", "width")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """One named place in a model.
 
@@ -39,7 +40,7 @@ class Site:
     writable: bool = True
     address: object = field(default=None, repr=False, compare=False)
 
-    @property
+    @cached_property
     def local(self) -> str:
         """The name without its layer: ``blocks.*.attn.pattern``; sites of equal `local` may be stacked."""
         return re.sub(r"(^|\.)blocks\.\d+\.", r"\1blocks.*.", self.name)

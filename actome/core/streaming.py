@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import RecordingError
-from .record import capture_forward, dims_at, iterate, take_positions
+from .record import Job
 from .recording import Recording
-from .sites import Site
-
-if TYPE_CHECKING:
-    from .model import Model
 
 Progress = Callable[[int], None] | None
 
 
-def record_to_memory(
-    model: Model, text: Any, found: Sequence[Site], last: str | None, options: dict[str, Any], progress: Progress
-) -> Recording:
+def record_to_memory(job: Job, text: Any, progress: Progress) -> Recording:
     """Every batch of a `Text` in one recording, rows padded to the longest."""
-    parts: dict[str, list[Tensor]] = {site.name: [] for site in found}
+    parts: dict[str, list[Tensor]] = {site.name: [] for site in job.plan.asked}
     tokens: list[Tensor] = []
     masks: list[Tensor] = []
     source: list[str] = []
     dims: dict[str, tuple[str, ...]] = {}
     done = 0
-    for batch in iterate(text, 8, model):
-        tensors, ids, mask = _one_batch(model, batch, found, last, options)
-        for site in found:
-            dims.setdefault(site.name, dims_at(model, site, tensors[site.name]))
-            parts[site.name].append(tensors[site.name])
+    for batch in text:
+        tensors, ids, mask = _one_batch(job, batch)
+        dims = dims or job.dims(tensors)
+        for name, x in tensors.items():
+            parts[name].append(x)
         tokens.append(ids)
         masks.append(mask if mask is not None else torch.ones_like(ids, dtype=torch.bool))
         source += batch.source
-        done += batch.ids.numel()
+        done += batch.n_tokens
         if progress is not None:
             progress(done)
     longest = max(t.shape[1] for t in tokens)
@@ -50,7 +44,7 @@ def record_to_memory(
         tokens=torch.cat([_lengthen(t, ("batch", "pos"), longest) for t in tokens]),
         mask=None if bool(mask.all()) else mask,
         source=tuple(source),
-        meta={"model": model.name},
+        meta={"model": job.model.name},
     )
 
 
@@ -61,51 +55,39 @@ def _lengthen(x: Tensor, dims: tuple[str, ...], length: int) -> Tensor:
     return F.pad(x, widths) if any(widths) else x
 
 
-def _one_batch(
-    model: Model, batch: Any, found: Sequence[Site], last: str | None, options: dict[str, Any]
-) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
-    arguments, ids, mask = model.arguments(batch)
+def _one_batch(job: Job, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    arguments, ids, mask = job.model.arguments(batch)
+    capture = job.forward(arguments, mask)
+    ids, mask = job.tokens(ids, mask)
     assert ids is not None
-    capture = capture_forward(model, arguments, found, mask, last, False, options)
-    if options["positions"] is not None:
-        ids, mask = take_positions(ids, 1, options["positions"], mask), None
     return capture.tensors, ids.cpu(), mask.cpu() if mask is not None else None
 
 
 def record_to_disk(
-    model: Model,
-    text: Any,
-    found: Sequence[Site],
-    last: str | None,
-    options: dict[str, Any],
-    path: Path,
-    modes: dict[str, bool],
-    batch_size: int,
-    progress: Progress,
+    job: Job, text: Any, path: Path, modes: dict[str, bool], batch_size: int, progress: Progress
 ) -> Recording:
     """Streams every batch to a folder as it comes; what is written stays readable whatever happens."""
     from .store import Writer
+    from .text import Text
 
     if sum(modes.values()) > 1:
         raise RecordingError("append, resume and overwrite exclude one another; choose one")
-    options = {**options, "device": "cpu"}
-    batches = text if hasattr(text, "skip") else None
-    dims = {site.name: site.dims for site in found}
-    if any(not d for d in dims.values()):
+    if not job.plan.fixed:
         raise RecordingError("sites of plain modules can be recorded in memory only: their dims have no fixed meaning")
-    meta = {"model": model.info, "positions": repr(options["positions"]) if options["positions"] is not None else None}
-    if batches is not None:
-        meta["text"] = text.describe()
-    with Writer(path, dims, meta=meta, **modes) as writer:
-        if batches is not None and modes["resume"]:
-            batches = text.skip(writer.done)
-        elif batches is None and modes["resume"]:
+    job.device = "cpu"
+    if not isinstance(text, Text):
+        if modes["resume"]:
             raise RecordingError("resume= needs a Text, whose sequences are numbered; give ac.Text(...)")
+        texts = [text] if isinstance(text, str) else text
+        text = Text(texts, job.model.tokenizer, context=job.model.context, batch_size=batch_size, pack=False)
+    positions = job.selection.positions
+    meta = {"model": job.model.info, "positions": None if positions is None else repr(positions)}
+    with Writer(path, job.plan.dims, meta=meta, **modes) as writer:
         done = 0
-        for batch in batches if batches is not None else iterate(text, batch_size, model):
-            tensors, ids, mask = _one_batch(model, batch, found, last, options)
+        for batch in text.skip(writer.done) if modes["resume"] else text:
+            tensors, ids, mask = _one_batch(job, batch)
             writer.add(tensors, ids, mask, batch.source, batch.sequence)
-            done += batch.ids.numel()
+            done += batch.n_tokens
             if progress is not None:
                 progress(done)
     return Recording.open(path)

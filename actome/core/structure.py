@@ -28,9 +28,12 @@ def structural_sites(root: nn.Module, run: Run, inputs: dict[str, Any]) -> SiteT
     block = {"resid.pre": "@in", "resid.post": "@out"}
     attention = next((n for n, _ in blocks[0].named_children() if "attn" in n or "attention" in n), None)
     if attention is not None:
-        # The attention proper may be wrapped (BERT's `attention.self`): the module that owns the output map is it.
+        # A function mode sees through whatever the attention module is made of.
         block["attn"] = f"{attention}@functions"
         block["attn.out"] = f"{attention}@out"
+        inner = [path for path, wide in linears if wide and path.startswith(attention + ".")]
+        if inner and isinstance(getattr(getattr(root, "config", None), "num_attention_heads", None), int):
+            block["attn.z"] = f"{inner[-1]}@in|heads"
     down = [path for path, wide in linears if wide and not (attention and path.startswith(attention + "."))]
     if down:
         block["mlp.act"] = f"{down[-1]}@in"

@@ -25,6 +25,9 @@ class StopForward(Exception):  # noqa: N818 - a signal, not an error
 class Point:
     """One tapped place: an ordered set of taps, and what is installed while there is one."""
 
+    # Whether its tensor comes with tokens flattened, so that somebody must know (batch, pos).
+    needs_tokens = False
+
     def __init__(self) -> None:
         self.writers: list[Tap] = []
         self.readers: list[Tap] = []
@@ -86,15 +89,32 @@ class HookPoint(Point):
         super().__init__()
         self.module, self.side, self.heads, self.inplace = module, side, heads, inplace
         self.tokens, self.field = tokens, field
+        self.shaped = heads is not None or tokens is not None
+        self.needs_tokens = tokens is not None
+        self.plain = not self.shaped and not inplace
 
     def install(self) -> Callable[[], None]:
+        # What `register_forward_hook` does, less its handle: a recording installs dozens of hooks for one forward,
+        # and on a small or fast model the handles alone would cost more than the copies.
+        key: Any = f"actome {id(self)}"
+        module = self.module
         if self.side == "in":
-            return self.module.register_forward_pre_hook(self._before, with_kwargs=True).remove
-        return self.module.register_forward_hook(self._after).remove
+            module._forward_pre_hooks[key] = self._before
+            module._forward_pre_hooks_with_kwargs[key] = True
+
+            def undo() -> None:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        else:
+            module._forward_hooks[key] = self._after
+
+            def undo() -> None:
+                del module._forward_hooks[key]
+
+        return undo
 
     def see(self, x: Tensor) -> Tensor:
         """Runs the taps on `x`; returns what flows on, which is `x` itself when nothing changed."""
-        shaped = self.heads is not None or self.tokens is not None
+        shaped = self.shaped
         y = self._present(x) if shaped else x
         if self.inplace and self.writers:
             # Autograd may need the value that is about to be overwritten: give the writers another one.
@@ -128,6 +148,10 @@ class HookPoint(Point):
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         if isinstance(out, Tensor):
+            if self.plain and not self.writers:
+                for tap in self.readers:
+                    tap(out)
+                return None
             new = self.see(out)
             return None if new is out else new
         if isinstance(out, (tuple, list)):

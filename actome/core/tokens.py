@@ -138,11 +138,9 @@ def pad_right(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor | Non
 
 
 def _filled(rows: list[list[int]]) -> list[list[int]]:
-    if not all(rows):
-        which = (
-            f"row {next(i for i, row in enumerate(rows) if not row)} of {len(rows)}" if len(rows) > 1 else "the text"
-        )
-        raise TextError(f"{which} is empty")
+    empty = next((number for number, row in enumerate(rows) if not row), None)
+    if empty is not None:
+        raise TextError(f"row {empty} of {len(rows)} is empty" if len(rows) > 1 else "the text is empty")
     return rows
 
 

@@ -42,10 +42,10 @@ def demo(
     >>> model.module.config.num_hidden_layers
     4
     """
-    from actome.core.model import wrap
+    from actome.core.load import wrap
 
     module, tokenizer = demo_module(step, dtype, device)
-    return wrap(module, tokenizer)
+    return wrap(module, tokenizer, name=f"demo model, step {demo_steps()[-1] if step is None else step}")
 
 
 def demo_module(
