@@ -99,7 +99,7 @@ DIMS = {
 ALL = list(TINY)
 ATTENDING = [name for name in ALL if name != "mamba"]
 SPARSE_FAMILIES = ["mixtral", "olmoe", "qwen3-moe", "deepseek-v3", "gpt-oss"]
-LOW_PRECISION = ["gpt2", "llama", "gemma2", "mixtral", "falcon", "t5", "mamba", "bert"]
+LOW_PRECISION = ["gpt2", "llama", "gemma2", "opt", "mixtral", "deepseek-v3", "gpt-oss", "falcon", "t5", "mamba", "bert"]
 
 
 @functools.cache
@@ -502,6 +502,61 @@ def test_positions_are_counted_within_the_stack_of_the_site(name: str) -> None:
             assert torch.equal(model.record(given, site, positions=position)[site].squeeze(), value[:, position])
 
 
+def test_each_stack_counts_positions_by_its_own_padding() -> None:
+    model, given = wrapped("t5"), inputs("t5")
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][0, 5:] = 0
+    given["decoder_attention_mask"] = torch.ones_like(given["decoder_input_ids"])
+    given["decoder_attention_mask"][1, :1] = 0
+    for stack, places in {"encoder": {0: (0, 0), -1: (4, 6)}, "decoder": {0: (0, 1), -1: (4, 4)}}.items():
+        site = f"{stack}.blocks.0.resid.post"
+        value = model.record(given, site)[site]
+        for position, (first, second) in places.items():
+            wanted = torch.stack([value[0, first], value[1, second]])
+            assert torch.equal(model.record(given, site, positions=position)[site][:, 0], wanted)
+            with model.clamp(ac.Set(site, 0.0, positions=position)):
+                changed = model.record(given, site)[site]
+            assert (changed != value).any(dim=-1).nonzero().tolist() == [[0, first], [1, second]]
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "falcon", "t5", "gpt-oss"])
+def test_one_head_is_changed_alone(name: str) -> None:
+    model, given = wrapped(name), inputs(name)
+    for site in writable(name):
+        axis = next((i for i, dim in enumerate(site.dims) if dim in ("head", "kv_head")), None)
+        if axis is None:
+            continue
+        arguments, full = delta_for(site, recorded(name)[site.name])
+        head = site.sizes[axis] - 1  # type: ignore[operator]
+        with model.clamp(ac.Add(site.name, **arguments, heads=head)):
+            got = outputs(model, given)
+        one = torch.zeros(site.sizes[axis], *[1] * (2 - (axis == 2)))  # (head, 1) beside z, (head, 1, 1) elsewhere
+        one[head] = 1.0
+        with by_hand.added(model.module, name, site.name, one * full):
+            wanted = outputs(model, given)
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, s=site: f"{s.name}: {m}")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_experts_are_the_same_whatever_computes_them(name: str, implementation: str) -> None:
+    module = TINY[name]()
+    for part in module.modules():
+        if hasattr(part, "config"):
+            part.config._experts_implementation = implementation
+    model = ac.wrap(module)
+    assert_reading_is_exact(model, inputs(name))
+    values = model.record(inputs(name), [site.name for site in model.sites("blocks.*.moe.*")])
+    for site in model.sites("blocks.*.moe.*"):
+        close(values[site.name].float(), recorded(name)[site.name].float())
+    vector = torch.randn(values["blocks.0.moe.experts"].shape[-1], generator=torch.Generator().manual_seed(1))
+    with model.clamp(ac.Add("blocks.0.moe.experts", vector)):
+        got = outputs(model, inputs(name))[0]
+    with by_hand.added(module, name, "blocks.0.moe.experts", vector):
+        close(got, outputs(model, inputs(name))[0], 1e-4)
+
+
 @pytest.mark.parametrize("name", SPARSE_FAMILIES)
 def test_combine_weights_scale_as_by_hand_and_stay_within_the_choice(name: str) -> None:
     model, given = wrapped(name), inputs(name)
@@ -722,10 +777,12 @@ def test_in_bfloat16(name: str) -> None:
     assert_leaves_no_trace(module, given)
 
 
+# Family: (path of the class without a head, what it lacks).
 SMALLER = {
     "llama": ("model", {"logits"}),
     "gpt2": ("transformer", {"logits"}),
     "opt": ("model", {"logits"}),
+    "opt-post-norm": ("model.decoder", {"logits"}),
     "falcon": ("transformer", {"logits"}),
     "deepseek-v3": ("model", {"logits"}),
     "gemma3-multimodal": ("model", {"logits"}),
@@ -758,6 +815,20 @@ def test_t5_without_a_head_or_without_a_decoder() -> None:
     assert {site.local for site in encoder.sites()} == _under("encoder.", FULL, HEAD[:2])
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon", "t5", "mixtral"])
+def test_in_inference_mode(name: str) -> None:
+    model, given = wrapped(name), inputs(name)
+    with torch.inference_mode():
+        for site in writable(name):
+            arguments, full = delta_for(site, recorded(name)[site.name])
+            assert torch.equal(model.record(given, site.name)[site.name], recorded(name)[site.name])
+            with model.clamp(ac.Add(site.name, **arguments)):
+                got = outputs(model, given)
+            with by_hand.added(model.module, name, site.name, full):
+                wanted = outputs(model, given)
+            assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(got, wanted, strict=True)), site
+
+
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "gemma3", "mixtral", "bert", "t5", "falcon"])
 def test_both_attention_implementations_read_exactly_and_write_alike(name: str, kernel: str) -> None:
@@ -780,7 +851,7 @@ def test_both_attention_implementations_read_exactly_and_write_alike(name: str, 
 
 # -- generation ------------------------------------------------------------------------------------------------------
 
-GENERATING = [name for name in CAUSAL if name != "gemma3-multimodal"]
+GENERATING = [*CAUSAL, "t5"]
 
 
 def greedy(module: nn.Module, ids: Tensor) -> Tensor:

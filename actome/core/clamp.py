@@ -249,7 +249,12 @@ class ActiveClamp:
 
     def _positions(self, length: int, device: torch.device) -> list[int] | Tensor:
         run = self.run
-        if self.site.dims[self.time_axis or 0] == "key" and run.mask is None:
+        keys = self.site.dims[self.time_axis or 0] == "key"
+        if self.site.stack == "vision":
+            return absolute(self.clamp.positions, length)
+        if self.site.stack == "encoder" or (keys and ".cross." in self.site.name):
+            return run.where_in_source(self.clamp.positions, length, device)
+        if keys and run.mask is None:
             return absolute(self.clamp.positions, length)
         if not run.length:  # a plain module: nothing tracks tokens, the tensor itself says how many there are
             return absolute(self.clamp.positions, length)

@@ -24,8 +24,8 @@ What the names mean where architectures differ: `embed` is the token embedding b
 the sequence with its class token and positions, because only that has the positions of the blocks); `attn.out` and
 `mlp.out` are what is added to the residual stream, so after dropout and after a post-norm; `mlp.pre` enters the
 nonlinearity (the gate of a gated MLP); `mlp.act` enters the down projection. In post-norm blocks (BERT) `resid.mid`
-is the sum before the norm, and `resid.post` the output of the block. The row of `logits` names the head, so that a class
-without one offers none; what is tapped is the field ``logits`` of the model's output, after caps that follow the head.
+is the sum before the norm, and `resid.post` the output of the block. The row of `logits` names the head, so that a
+class without one offers none; what is tapped is the field ``logits`` of the model's output, after any caps.
 """
 
 from __future__ import annotations

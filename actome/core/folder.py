@@ -142,7 +142,7 @@ def clean(folder: Path) -> None:
     """Deletes what an interrupted writer left that is not of the recording."""
     numbers = set(parts(folder))
     for part in (folder / SHARDS, folder / INDEX):
-        for path in part.iterdir():
+        for path in part.iterdir() if part.is_dir() else ():
             if path.name.startswith(".") or (path.stem.isdigit() and int(path.stem) not in numbers):
                 path.unlink()
 

@@ -75,6 +75,6 @@ def check_width(name: str, found: int, wanted: int) -> None:
     if found != wanted:
         raise RecordingError(
             f"{name} has {found} positions where the tokens have {wanted}, so the tokens' mask does not fit it; record "
-            "separately what belongs to other tokens, such as a decoder's sites beside an encoder's, or the keys beside "
+            "separately what belongs to other tokens, such as a decoder's sites beside an encoder's, or keys beside "
             "a choice of positions"
         )

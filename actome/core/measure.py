@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .sites import Site
 
-__all__ = ["Layout", "Measure", "MeasureResult", "MeasureTable", "Reduction", "Tokens", "real_tokens", "wide"]
+__all__ = ["Layout", "Measure", "MeasureResult", "MeasureTable", "Reduction", "Tokens", "double", "ratio", "real_tokens", "wide"]
 
 Layout = Literal["tokens", "pattern", "logits", "depth"]
 Reduction = Literal["sum", "max", "min"]
@@ -248,12 +248,16 @@ class Tokens(NamedTuple):
     Attributes:
         x: (batch, pos, unit), float32 or float64; tokens left out are zero vectors.
         keep: (batch, pos) bool, which tokens count; ``None`` when all do.
-        count: how many do, an int64 scalar.
+        count: how many count, an int64 scalar.
+        real: how many are not padding, an int64 scalar; more than `count` when some were not finite.
+        non_finite: how many activations of real tokens are NaN or infinite, an int64 scalar.
     """
 
     x: Tensor
     keep: Tensor | None
     count: Tensor
+    real: Tensor
+    non_finite: Tensor
 
 
 def real_tokens(x_BTU: Tensor, mask_BT: Tensor | None = None) -> Tokens:
@@ -266,21 +270,32 @@ def real_tokens(x_BTU: Tensor, mask_BT: Tensor | None = None) -> Tokens:
     tensor(1)
     """
     x, keep = wide(x_BTU), mask_BT
-    if keep is not None:
-        x = x.masked_fill(~keep[..., None], 0.0)
-    # The sum is finite only if every entry is, and costs one pass; on overflow of the sum alone, the look decides.
-    if not math.isfinite(x.sum()):
-        finite = x.isfinite().all(-1)
-        keep = finite if keep is None else keep & finite
-        x = x.masked_fill(~keep[..., None], 0.0)
     if keep is None:
-        return Tokens(x, None, torch.tensor(x.shape[0] * x.shape[1], device=x.device))
-    return Tokens(x, keep, keep.sum())
+        real = torch.full((), x.shape[0] * x.shape[1], device=x.device)
+    else:
+        x, real = x.masked_fill(~keep[..., None], 0.0), keep.sum()
+    # The sum is finite only if every entry is, and costs one pass; should the sum alone overflow, the look decides.
+    if math.isfinite(x.sum()):
+        return Tokens(x, keep, real, real, torch.zeros_like(real))
+    finite_BTU = x.isfinite()
+    finite = finite_BTU.all(-1)
+    keep = finite if keep is None else keep & finite
+    return Tokens(x.masked_fill(~keep[..., None], 0.0), keep, keep.sum(), real, (~finite_BTU).sum())
 
 
 def wide(x: Tensor) -> Tensor:
     """In float32, or float64 when it is already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def double(x: Tensor) -> Tensor:
+    """In float64 where the device has it, for sums over many tokens; a copy, so for small tensors."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """`part / whole` in float64, which torch would give in float32 for two counts; NaN for nothing of nothing."""
+    return double(part) / double(whole)
 
 
 def _into(how: str, state: Tensor, new: Tensor, name: str) -> Tensor:

@@ -248,7 +248,7 @@ class Model:
         """
         if isinstance(inputs, Mapping):
             ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
-            mask = inputs.get("attention_mask")
+            mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
             padded = mask is not None and ids is not None and mask.shape == ids.shape and not bool(mask.all())
             return dict(inputs), ids, mask.bool() if padded else None
         if isinstance(inputs, Tensor) and inputs.is_floating_point():

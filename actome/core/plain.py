@@ -34,6 +34,7 @@ def module_sites(root: nn.Module, pattern: str, known: dict[str, Site]) -> list[
         SiteError: no module matches.
     """
     found: list[Site] = []
+    image = any(isinstance(module, _IMAGE) for module in root.modules())
     paths = [name for name, _ in root.named_modules()]
     table = SiteTable(Site(path, ()) for path in paths)
     for one in expand(pattern.removeprefix(MODULE_PREFIX)):
@@ -55,6 +56,7 @@ def module_sites(root: nn.Module, pattern: str, known: dict[str, Site]) -> list[
             name = f"{MODULE_PREFIX}{hit}{'@in' if side == 'in' else ''}"
             if name not in known:
                 point = HookPoint(root.get_submodule(hit), "in" if side == "in" else "out")
+                point.image = image
                 known[name] = Site(name, (), (), None, True, point)
             found.append(known[name])
     return found
@@ -62,5 +64,4 @@ def module_sites(root: nn.Module, pattern: str, known: dict[str, Site]) -> list[
 
 def module_dims(site: Site, x: Tensor) -> tuple[str, ...]:
     """The dims of what a plain module's site gave."""
-    point = site.address
-    return plain_dims(x.ndim, isinstance(point, HookPoint) and isinstance(point.module, _IMAGE))
+    return plain_dims(x.ndim, getattr(site.address, "image", False))

@@ -44,9 +44,10 @@ class _Group:
                 return self.buffer
             self.buffer = torch.empty((len(self.names), *x.shape), dtype=dtype, device=device)
             self.slots, self.shape = self.buffer.unbind(0), x.shape
-        if x.shape != self.shape:
+        if x.shape != self.shape or (self.dtype is None and x.dtype != self.buffer.dtype):
+            # Not only widths differ: a stream kept in float32 may start from an embedding in bfloat16.
             self.whole = False
-            return x.to(device=self.buffer.device, dtype=self.buffer.dtype, copy=True)
+            return x.to(device=self.buffer.device, dtype=self.dtype or x.dtype, copy=True)
         return self.slots[i].copy_(x)
 
 
@@ -93,7 +94,8 @@ class Capture:
 
     Args:
         plan: (site, local name, index in its group) for each site, and the names of each group.
-        selection: what to cut out; `mask` (batch, pos) says where each row's tokens are.
+        selection: what to cut out; `mask` (batch, pos) says where each row's tokens are, `source` where those of an
+            encoder are.
         grad: catch the tensors of the graph themselves.
         stop: the name of the site after which nothing more is needed, or ``None`` to run to the end.
     """
@@ -107,13 +109,14 @@ class Capture:
         *,
         grad: bool = False,
         mask: Tensor | None = None,
+        source: Tensor | None = None,
         stop: str | None = None,
     ):
         self.tensors: dict[str, Tensor] = {}
         self.groups = {local: _Group(names, dtype, device) for local, names in plan.groups.items()}
         self.taps: list[tuple[Point, Tap, Kind]] = []
         for site, local, index in plan.sites:
-            cut = selection.cutter(site, plan.asked, mask)
+            cut = selection.cutter(site, plan.asked, {"encoder": source, "vision": None}.get(site.stack, mask))
             ends = site.name == stop
             tap = (
                 self._keeper(site.name, cut, dtype, device)
@@ -253,8 +256,9 @@ class Job:
 
     def forward(self, arguments: dict[str, Any], mask: Tensor | None) -> Capture:
         """Runs one forward and returns what was captured; every site must have been reached."""
+        source = None if self.selection.positions is None else _padding(arguments)
         capture = Capture(
-            self.plan, self.selection, self.dtype, self.device, grad=self.grad, mask=mask, stop=self.stop
+            self.plan, self.selection, self.dtype, self.device, grad=self.grad, mask=mask, source=source, stop=self.stop
         )
         with self.model.tap(capture.taps), torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             try:
@@ -279,6 +283,12 @@ class Job:
         return {site.name: site.dims or module_dims(site, tensors[site.name]) for site in self.plan.asked}
 
 
+def _padding(arguments: dict[str, Any]) -> Tensor | None:
+    """Which tokens of the (encoder's) input are real; ``None`` when all are."""
+    mask = arguments.get("attention_mask")
+    return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask.bool()
+
+
 def _plan(model: Model, sites: tuple[Site, ...]) -> Plan:
     plan = model.plans.get(sites)
     if plan is None:
@@ -297,6 +307,11 @@ def _is_stream(inputs: Any) -> bool:
 def _record_once(job: Job, inputs: Any) -> Recording:
     arguments, ids, mask = job.model.arguments(inputs)
     capture = job.forward(arguments, mask)
+    stacks = {site.stack for site in job.plan.asked}
+    if stacks == {"encoder"}:
+        ids, mask = arguments.get("input_ids"), _padding(arguments)
+    elif stacks == {"vision"} or (len(stacks & {"encoder", "vision"}) and job.selection.positions is not None):
+        ids = mask = None  # there are no tokens, or more than one sequence of them was cut
     ids, mask = job.tokens(ids, mask)
     return Recording(
         capture.tensors,

@@ -133,6 +133,7 @@ class Resolver:
                     "in" if side == "in" else "out",
                     heads=heads,
                     inplace="inplace" in modifiers,
+                    mutated="mutated" in modifiers,
                     tokens=self.tokens if "flat" in modifiers else None,
                     field=field or None,
                 ),

@@ -25,9 +25,10 @@ class Run:
         step: 0 for the prompt, k for the forward that reads the k-th generated token.
         phase: ``"prompt"`` or ``"generated"``.
         mask: (batch, start + length) bool, or ``None`` when every token is real.
+        source: the mask of an encoder's tokens beside a decoder; that of the tokens themselves without a decoder.
     """
 
-    __slots__ = ("_offset", "batch", "generating", "length", "mask", "start", "step")
+    __slots__ = ("_offset", "batch", "generating", "length", "mask", "source", "start", "step")
 
     def __init__(self) -> None:
         self.generating = False
@@ -37,6 +38,7 @@ class Run:
         """Forgets the last forward."""
         self.batch = self.length = self.start = self.step = 0
         self.mask: Tensor | None = None
+        self.source: Tensor | None = None
         self._offset: Tensor | None = None
 
     @contextmanager
@@ -94,6 +96,16 @@ class Run:
             hit |= torch.isin(place, chosen) & (counts == count)[:, None]
         return (hit & mask).to(device)
 
+    def where_in_source(self, positions: Any, length: int, device: torch.device) -> Tensor | list[int]:
+        """The same for `length` tokens of an encoder, which sees all of them at once and has its own padding."""
+        source = Run()
+        source.length, mask = length, self.source
+        if mask is not None and mask.shape[1] == length and not bool(mask.all()):
+            source.mask = mask.bool()
+        found = source.where(positions, length, device)
+        assert found is not None
+        return found
+
 
 def absolute(positions: Positions, total: int) -> list[int]:
     """The positions as ascending non-negative indices below `total`; those outside are left out.
@@ -115,14 +127,15 @@ def track(root: nn.Module, run: Run) -> Any:
     """Keeps `run` up to date from the root module's arguments; returns the hook's handle."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids")
-        if ids is None:
-            ids = kwargs.get("decoder_input_ids")
-        if ids is None:
-            ids = kwargs.get("inputs_embeds")
+        # Beside an encoder it is the decoder's tokens that are counted, cached and generated.
+        names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+        name = next((name for name in names if kwargs.get(name) is not None), "")
+        ids = kwargs.get(name)
         if ids is None and args and isinstance(args[0], Tensor):
             ids = args[0]
-        mask = kwargs.get("attention_mask")
+        mask = kwargs.get("decoder_attention_mask" if name.startswith("decoder") else "attention_mask")
+        source = kwargs.get("attention_mask")
+        run.source = source if isinstance(source, Tensor) and source.ndim == 2 else None
         cache = kwargs.get("past_key_values")
         start = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         if not start and run.generating:

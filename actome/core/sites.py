@@ -45,6 +45,12 @@ class Site:
         """The name without its layer: ``blocks.*.attn.pattern``; sites of equal `local` may be stacked."""
         return re.sub(r"(^|\.)blocks\.\d+\.", r"\1blocks.*.", self.name)
 
+    @property
+    def stack(self) -> str:
+        """Which of several stacks of blocks it is in: ``"encoder"``, ``"decoder"``, ``"text"``, ``"vision"`` or ``""``."""
+        first = self.name.partition(".")[0]
+        return first if first in ("encoder", "decoder", "text", "vision") else ""
+
     def size(self, dim: str) -> int | None:
         """The size of a dim, or ``None`` when it varies or the site does not have it."""
         return dict(zip(self.dims, self.sizes, strict=False)).get(dim)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .block import TOKENS, Block, Sheet, index_of
 from .errors import RecordingError
 from .folder import (
+    HEADER,
     INDEX,
     SHARDS,
     check_same_run,
@@ -106,7 +107,8 @@ class Writer:
         path = self.path
         if path.exists() and not path.is_dir():
             raise RecordingError(f"{path} is a file; a recording is a folder")
-        filled = path.is_dir() and any(path.iterdir())
+        # A process that was killed while it wrote the first description has left the beginnings of it.
+        filled = path.is_dir() and any(p.name != f".{HEADER}.tmp" for p in path.iterdir())
         if filled and not is_recording(path):
             raise RecordingError(f"{path} is not empty and not a recording; choose another folder")
         if filled and not (append or resume or overwrite):
@@ -116,8 +118,7 @@ class Writer:
             )
         if filled and overwrite:
             wipe(path)
-        for name in (SHARDS, INDEX):
-            (path / name).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         if filled and not overwrite:
             self._header = read_header(path)
             self._continue(append)
@@ -125,6 +126,8 @@ class Writer:
             self._shard = 0
             self._header = new_header(self._sites, self.meta)
         write_header(path, self._header)
+        for name in (SHARDS, INDEX):
+            (path / name).mkdir(exist_ok=True)
 
     def _continue(self, append: bool) -> None:
         import pyarrow.parquet as pq

@@ -72,6 +72,7 @@ class HookPoint(Point):
         side: ``"in"`` or ``"out"``.
         heads: split the last dim into (head, d_head) with this many heads.
         inplace: write into the tensor itself, because the caller keeps it as the residual too.
+        mutated: the model changes the tensor in place afterwards, so that one that is kept must not be the one it gets.
         tokens: gives (batch, pos) of the forward at hand, for modules that see flattened tokens.
         field: name of the output's field that holds the tensor (``"logits"``), for the root module.
     """
@@ -83,15 +84,17 @@ class HookPoint(Point):
         *,
         heads: int | None = None,
         inplace: bool = False,
+        mutated: bool = False,
         tokens: Callable[[], tuple[int, int]] | None = None,
         field: str | None = None,
     ) -> None:
         super().__init__()
-        self.module, self.side, self.heads, self.inplace = module, side, heads, inplace
+        self.module, self.side, self.heads, self.inplace, self.mutated = module, side, heads, inplace, mutated
         self.tokens, self.field = tokens, field
         self.shaped = heads is not None or tokens is not None
         self.needs_tokens = tokens is not None
-        self.plain = not self.shaped and not inplace
+        self.image = False  # whether four dims are those of an image, in modules without a family
+        self.plain = not self.shaped and not inplace and not mutated
 
     def install(self) -> Callable[[], None]:
         # What `register_forward_hook` does, less its handle: a recording installs dozens of hooks for one forward,
@@ -116,16 +119,20 @@ class HookPoint(Point):
         """Runs the taps on `x`; returns what flows on, which is `x` itself when nothing changed."""
         shaped = self.shaped
         y = self._present(x) if shaped else x
-        if self.inplace and self.writers:
+        # A view that is kept is not what the caller's residual comes from: go through a copy.
+        through = shaped and self.keeps > 0
+        if self.inplace and (self.writers or through):
             # Autograd may need the value that is about to be overwritten: give the writers another one.
             before = y.clone() if x.requires_grad else y
             new = self.write(before)
-            if new is not before:
+            if new is not before or (through and before is not y):
                 x.copy_(new.reshape(x.shape))
-            self.read(y)
+            self.read(new if through else y)
             return x
         new = self.write(y)
         self.read(new)
+        if self.mutated and self.keeps:
+            return new.clone()
         if new is y and not (shaped and self.keeps):
             return x
         return new.reshape(x.shape) if shaped else new

@@ -256,6 +256,5 @@ def _why_empty(counts: Counts) -> str:
     if counts.binary and not counts.empty:
         return f"its {counts.binary} files are binary"
     if counts.empty:
-        more = f", and {counts.binary} binary files" if counts.binary else ""
-        return f"{counts.empty} of its documents are empty or only whitespace{more}"
+        return "it is empty or only whitespace" + (f", and {counts.binary} files are binary" if counts.binary else "")
     return "the tokenizer made no tokens of it" if counts.documents else "it has no documents"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.measure import Measure, real_tokens
+from ..core.measure import Measure, Reduction, double, ratio, real_tokens
 
 
 class ActivationScale(Measure):
@@ -20,33 +21,49 @@ class ActivationScale(Measure):
     - ``max_abs``: :math:`\max_{t,u} |x_{tu}|`
     - ``non_finite``: share of all activations at real tokens that are NaN or infinite
 
-    Shapes: x (*stack, batch, pos, unit); every value (*stack). NaN when there was no token to speak of.
+    Shapes: x (\*stack, batch, pos, unit); every value (\*stack). NaN where there was no token to speak of.
 
-    Source: standard; the growth of the rms with depth is what `actome.measures.Movement` gives as ``growth``.
+    Source: standard. How the rms grows with depth is `actome.measures.Movement`.
 
     Example:
-        >>> import torch
         >>> scale = ActivationScale()
         >>> scale.update(torch.tensor([[[3.0, 4.0], [0.0, 0.0]]]))
         >>> {name: round(float(value), 3) for name, value in scale.compute().items()}
         {'rms': 2.5, 'norm': 2.5, 'max_abs': 4.0, 'non_finite': 0.0}
     """
 
-    reductions = {  # noqa: RUF012
-        "tokens": "sum",
-        "activations": "sum",
+    reductions: ClassVar[dict[str, Reduction]] = {
         "entries": "sum",
-        "non_finite_entries": "sum",
+        "tokens": "sum",
         "square": "sum",
-        "norm": "sum",
-        "max_abs": "max",
+        "length": "sum",
+        "peak": "max",
+        "real_entries": "sum",
+        "lost_entries": "sum",
     }
-    value_dims = {"rms": (), "norm": (), "max_abs": (), "non_finite": ()}  # noqa: RUF012
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {"rms": (), "norm": (), "max_abs": (), "non_finite": ()}
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
-        """Counts, sums of squares and of norms, and the maximum, each a scalar."""
+        """Counts of entries and tokens, sums of norms and their squares, the largest magnitude; all scalars."""
         kept = real_tokens(x, mask)
-        units = x.shape[-1]
-        norm_BT = torch.linalg.vector_norm(kept.x, dim=-1)
-        real = kept.count if kept.keep is mask else mask.sum() if mask is not None else x.new_tensor(0).long() + x.shape[0] * x.shape[1]
-        return {}
+        norm_BT = double(torch.linalg.vector_norm(kept.x, dim=-1))
+        return {
+            "entries": kept.count * x.shape[-1],
+            "tokens": kept.count,
+            "square": norm_BT.square().sum(),
+            "length": norm_BT.sum(),
+            # Cheaper than the maximum of the absolute values, which would be written to memory first.
+            "peak": torch.maximum(kept.x.amax(), -kept.x.amin()),
+            "real_entries": kept.real * x.shape[-1],
+            "lost_entries": kept.non_finite,
+        }
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        seen = stats["tokens"] > 0
+        return {
+            "rms": ratio(stats["square"], stats["entries"]).sqrt(),
+            "norm": ratio(stats["length"], stats["tokens"]),
+            "max_abs": stats["peak"].where(seen, torch.nan),
+            "non_finite": ratio(stats["lost_entries"], stats["real_entries"]),
+        }

@@ -40,8 +40,8 @@ class Backcopy:
     True
     """
 
-    vocab: int = 64
-    triggers: int = 4
+    vocab: int = 32
+    triggers: int = 3
     trigger_share: float = 0.25
     concentration: float = 0.1
     seed: int = 0

@@ -57,7 +57,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
         if config.key_bias:
-            self.bias_key_HK = nn.Parameter(torch.randn(config.heads, config.d_model // config.heads) * 0.02)
+            # Of the size that torch gives to the bias key of its own attention.
+            size = math.sqrt(2 / (1 + config.d_model))
+            self.bias_key_HK = nn.Parameter(torch.randn(config.heads, config.d_model // config.heads) * size)
         self.pattern = nn.Identity()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class Tiny(nn.Module):
         self.unembed = nn.Linear(config.d_model, config.vocab, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else None or 0.05)
+                nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else 0.05)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = self.embed(tokens_BT) + self.positions(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
@@ -129,3 +131,34 @@ def loss(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     """Mean next-token cross-entropy, in nats."""
     logits_BTV = model(tokens_BT[:, :-1])
     return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
+
+
+def train(
+    model: nn.Module,
+    tokens_NT: Tensor,
+    batch_size: int = 32,
+    lr: float = 3e-3,
+    weight_decay: float = 0.1,
+    progress: Callable[[int, float], None] | None = None,
+) -> nn.Module:
+    """One pass over the sequences with AdamW, a short warm-up and a cosine to zero; changes and returns the model.
+
+    Args:
+        model: anything that gives logits [B, T, V] for tokens [B, T].
+        tokens_NT: every sequence is seen once, so the number of steps is N / batch_size.
+        progress: called after each step with the steps done and the loss.
+    """
+    steps = len(tokens_NT) // batch_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    model.train()
+    for step in range(steps):
+        batch_loss = loss(model, tokens_NT[step * batch_size : (step + 1) * batch_size])
+        optimizer.zero_grad()
+        batch_loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, batch_loss.item())
+    return model.eval()

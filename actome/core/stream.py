@@ -1,0 +1,277 @@
+"""Measuring: one pass over a text, every tensor folded into statistics where it flows, none of it kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import MeasureError, SiteError, TextError
+from .measure import Measure
+from .sites import Site
+from .table import MeasureResult, MeasureTable
+from .taps import Kind, Point, StopForward, Tap
+
+if TYPE_CHECKING:
+    from .model import Model
+
+PREFIXES = ("encoder.", "decoder.", "text.", "vision.")
+
+# Below this many bytes a layer, a call costs more than its arithmetic: the layers of a stack are measured together.
+STACK_BYTES = 1 << 16
+
+
+class _Stream:
+    """One measure at sites of one shape, fed by taps."""
+
+    def __init__(self, measure: Measure, sites: Sequence[Site]):
+        self.measure, self.sites = measure, tuple(sites)
+        self.metrics = [measure.clone() for _ in (sites[:1] if measure.layout == "depth" else sites)]
+        self.stacked: Measure | None = None
+        self.held: list[Tensor | None] = [None] * len(sites)
+        self.previous: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.tokens: Tensor | None = None
+
+    def taps(self) -> list[tuple[Point, Tap, Kind]]:
+        feed = self._feed_depth if self.measure.layout == "depth" else self._feed
+        return [(site.address, self._tap(feed, site, i), "read") for i, site in enumerate(self.sites)]
+
+    @staticmethod
+    def _tap(feed: Callable[[Site, int, Tensor], None], site: Site, index: int) -> Tap:
+        def tap(x: Tensor) -> None:
+            feed(site, index, x)
+
+        return tap
+
+    def _feed(self, site: Site, i: int, x: Tensor) -> None:
+        x = canonical(x, site, self.measure.layout)
+        if len(self.sites) > 1 and x.numel() * x.element_size() < STACK_BYTES:
+            self.held[i] = x.clone()
+            return
+        measure = self.metrics[i]
+        measure.fold(measure.statistics(x, fitting(self.mask, x, measure.layout), self.tokens))
+
+    def _feed_depth(self, site: Site, i: int, x: Tensor) -> None:
+        x = canonical(x, site, "tokens")
+        self.held[i] = self.measure.prepare(x, self.previous)
+        self.previous = x
+
+    def finish_batch(self) -> None:
+        """Folds what was held back to be measured together."""
+        self.previous = None
+        if any(x is None for x in self.held):
+            return
+        x = torch.stack(self.held)  # type: ignore[arg-type]
+        self.held = [None] * len(self.sites)
+        if self.measure.layout == "depth":
+            mask = self.mask if self.mask is not None and self.mask.shape == x.shape[-2:] else None
+            self.metrics[0].fold(self.measure.statistics(x, mask))
+            return
+        if self.stacked is None:
+            self.stacked = self.measure.clone()
+        self.stacked.fold(self.measure.statistics(x, fitting(self.mask, x[0], self.measure.layout), self.tokens))
+
+    def result(self) -> MeasureResult:
+        """The measure over everything, with the layers in front, and its values."""
+        total = self.measure.clone()
+        if self.measure.layout == "depth":
+            total.merge_state(self.metrics[0])
+        else:
+            if self.stacked is not None:
+                total.merge_state(self.stacked)
+            seen = [m for m in self.metrics if m.update_count]
+            if seen and len(seen) != len(self.metrics):
+                missing = [site.name for site, m in zip(self.sites, self.metrics, strict=True) if not m.update_count]
+                raise MeasureError(f"the forward did not reach {', '.join(missing[:4])}")
+            if seen:
+                names = self.measure.reductions
+                total.fold({name: torch.stack([getattr(m, name) for m in self.metrics]) for name in names})
+        return MeasureResult(total, self.sites, total.compute())
+
+
+def measure(
+    model: Model,
+    inputs: Any,
+    measures: Any,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> MeasureTable:
+    """Folds the stream of activations into statistics, in one pass whose memory does not grow with the text.
+
+    Args:
+        inputs: a `Text`; text or a list of texts; token ids (pos) or (batch, pos); or any iterable of batches, each
+            ids or a dict of forward arguments, such as a data loader.
+        measures: ``{pattern or tuple of patterns: measure or list of measures}``, or a panel. Each measure is cloned
+            for each stack of sites; those given stay empty.
+        batch_size: rows a batch, for inputs that are not yet batched.
+        progress: called with the number of tokens done, after each batch.
+
+    Returns:
+        A `MeasureTable`: ``.frame`` is the tidy table, ``.value(name)`` a tensor with the layers in front. Under
+        ``torch.distributed`` every process gives its own part of the text and gets the values of all.
+
+    Raises:
+        SiteError: a pattern that matches nothing (in a panel it is skipped and told in ``.skipped``).
+        MeasureError: a measure that does not fit its site.
+
+    Example:
+        >>> import actome as ac
+        >>> from actome.measures import ActivationScale
+        >>> model = ac.demo()
+        >>> table = model.measure("The value of the expression", {"blocks.*.resid.post": ActivationScale()})
+        >>> table.value("rms").shape[0] == model.layers
+        True
+    """
+    streams, skipped = _plan(model, measures)
+    taps = [tap for stream in streams for tap in stream.taps()]
+    last = _last(model, streams)
+    if last is not None:
+        taps.append((model.table[last].address, _stop, "read"))
+    done = 0
+    for arguments, ids, mask in batches(model, inputs, batch_size):
+        for stream in streams:
+            stream.mask, stream.tokens = mask, ids
+        with model.tap(taps), torch.no_grad():
+            try:
+                model.module(**arguments)
+            except StopForward:
+                pass
+            for stream in streams:
+                stream.finish_batch()
+        done += 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
+        if progress is not None:
+            progress(done)
+    return MeasureTable([stream.result() for stream in streams], skipped)
+
+
+def _stop(x: Tensor) -> None:
+    raise StopForward
+
+
+def _plan(model: Model, measures: Any) -> tuple[list[_Stream], list[str]]:
+    entries, lenient = (measures.entries, True) if hasattr(measures, "entries") else (measures.items(), False)
+    streams: list[_Stream] = []
+    skipped: list[str] = []
+    for patterns, chosen in entries:
+        try:
+            sites = _match(model, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+        except SiteError as error:
+            if not lenient:
+                raise
+            skipped.append(f"{patterns}: {error}")
+            continue
+        for one in [chosen] if not isinstance(chosen, (list, tuple)) else chosen:
+            one = one() if isinstance(one, type) or not isinstance(one, Measure) else one
+            for group in _groups(sites, one.layout):
+                reason = one.fits(group[0]) or _misfit(one, group[0])
+                if reason is None:
+                    streams.append(_Stream(one, group))
+                elif lenient:
+                    skipped.append(f"{type(one).__name__} at {group[0].local}: {reason}")
+                else:
+                    raise MeasureError(f"{type(one).__name__} does not fit {group[0].name}: {reason}")
+    if not streams:
+        raise MeasureError("nothing to measure: " + ("; ".join(skipped) or "no measure was given"))
+    return streams, skipped
+
+
+def _match(model: Model, patterns: tuple[str, ...]) -> list[Site]:
+    """The sites of the patterns, in every stack of the model when they name none."""
+    found: dict[str, Site] = {}
+    error: SiteError | None = None
+    for pattern in patterns:
+        variants = [pattern]
+        if not pattern.startswith((*PREFIXES, "module:")):
+            variants += [prefix + pattern for prefix in PREFIXES]
+        hits: list[Site] = []
+        for variant in variants:
+            try:
+                hits += model.match(variant)
+            except SiteError as missing:
+                error = error or missing
+        if not hits:
+            assert error is not None
+            raise error
+        found.update((site.name, site) for site in hits)
+    order = model.order
+    return sorted(found.values(), key=lambda site: order.get(site.name, 0))
+
+
+def _groups(sites: Sequence[Site], layout: str) -> Iterator[list[Site]]:
+    groups: dict[Any, list[Site]] = {}
+    for site in sites:
+        stack = site.name.partition("blocks.")[0]
+        name = site.local if site.layer is not None else site.name
+        groups.setdefault(stack if layout == "depth" else (name, site.sizes), []).append(site)
+    yield from groups.values()
+
+
+def _misfit(measure: Measure, site: Site) -> str | None:
+    square = "query" in site.dims and "key" in site.dims
+    if measure.layout == "pattern" and not square:
+        return f"it takes attention patterns, and this has the dims {', '.join(site.dims)}"
+    if measure.layout in ("tokens", "depth") and square:
+        return "it takes one vector a token, and this has a value for each pair of positions"
+    if measure.layout == "logits" and site.dims[-1:] != ("vocab",):
+        return f"it takes logits over a vocabulary, and this has the dims {', '.join(site.dims)}"
+    return None
+
+
+def _last(model: Model, streams: Sequence[_Stream]) -> str | None:
+    """The site after which a forward may end: the last that is measured or under an active clamp."""
+    order = model.order
+    names = {site.name for stream in streams for site in stream.sites}
+    clamped = {one.site.name for context in model.clamped for one in context.active}
+    if not all(name in order for name in names | clamped):
+        return None
+    return max(names | clamped, key=order.__getitem__)
+
+
+def canonical(x: Tensor, site: Site, layout: str) -> Tensor:
+    """A site's tensor in the dims of a layout: features flattened behind (batch, pos), heads behind positions."""
+    if layout in ("pattern", "logits"):
+        return x
+    dims = site.dims
+    if not dims:
+        from .plain import module_dims
+
+        dims = module_dims(site, x)
+    if dims[:2] == ("batch", "pos") and len(dims) == 3:
+        return x
+    places = [i for i, d in enumerate(dims) if d in ("pos", "query", "key", "height", "width") or d.startswith("pos")]
+    features = [i for i in range(1, len(dims)) if i not in places]
+    x = x.permute(0, *places, *features)
+    x = x.flatten(1 + len(places)) if features else x.unsqueeze(-1)
+    if not places:
+        return x.unsqueeze(1)
+    return x.flatten(1, len(places))
+
+
+def fitting(mask: Tensor | None, x: Tensor, layout: str) -> Tensor | None:
+    """The mask where it speaks of this tensor's positions; cross attention, images and the like have their own."""
+    if mask is None:
+        return None
+    wanted = (x.shape[0], x.shape[-1]) if layout == "pattern" else tuple(x.shape[:2])
+    return mask if tuple(mask.shape) == wanted else None
+
+
+def batches(model: Model, inputs: Any, batch_size: int) -> Iterator[tuple[dict[str, Any], Tensor | None, Tensor | None]]:
+    """(forward arguments, ids, mask) for every batch of whatever is given."""
+    from .text import Text
+
+    if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
+        inputs = [inputs] if isinstance(inputs, str) else inputs
+        inputs = Text(inputs, model.tokenizer, context=model.context, batch_size=batch_size, pack=False)
+    if isinstance(inputs, Mapping):
+        inputs = [inputs]
+    elif isinstance(inputs, Tensor):
+        inputs = inputs[None] if inputs.ndim == 1 and not inputs.is_floating_point() else inputs
+        inputs = inputs.split(batch_size)
+    if not isinstance(inputs, Iterable):
+        raise TextError(f"measure() takes text, ids or an iterable of batches, not {type(inputs).__name__}")
+    for batch in inputs:
+        yield model.arguments(batch[0] if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) else batch)

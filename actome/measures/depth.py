@@ -1,0 +1,171 @@
+"""What each block does to the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.errors import MeasureError
+from ..core.measure import Measure, Reduction, double, ratio, wide
+
+
+class Movement(Measure):
+    r"""How far each block moves the residual stream, in which direction, and how the stream grows.
+
+    For the states :math:`h_l` at the sites of a list in forward order (before the first block, then after each), per
+    real token:
+
+    - ``movement``: mean of :math:`\lVert h_l - h_{l-1} \rVert / \lVert h_{l-1} \rVert`
+    - ``cosine``: mean of :math:`\cos(h_l, h_{l-1})`
+    - ``growth``: rms of :math:`h_l` over that of the first site, :math:`\sqrt{\overline{\lVert h_l \rVert^2} /
+      \overline{\lVert h_0 \rVert^2}}`
+
+    movement and cosine of the first site, which nothing comes before, are NaN. A token that is not finite at a site, or
+    is zero where it is divided by, is left out there and at the next site, and nowhere else.
+
+    Shapes: `prepare` takes (batch, pos, unit) twice; `update` the states (layer, batch, pos, unit); every value
+    (layer).
+
+    Source: relative block contribution and cosine as in Liu et al. 2023, Deja Vu, and Gromov et al. 2024, The
+    Unreasonable Ineffectiveness of the Deeper Layers.
+
+    Example:
+        >>> movement = Movement()
+        >>> h = torch.tensor([3.0, 4.0]).expand(1, 2, 2)
+        >>> movement.update(torch.stack([h, 2 * h, 2 * h]))
+        >>> movement.compute()["movement"].tolist(), movement.compute()["growth"].tolist()
+        ([nan, 1.0, 0.0], [1.0, 2.0, 2.0])
+    """
+
+    layout = "depth"
+    reductions: ClassVar[dict[str, Reduction]] = {
+        "tokens": "sum",
+        "square": "sum",
+        "pairs": "sum",
+        "movement": "sum",
+        "turns": "sum",
+        "cosine": "sum",
+    }
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {"movement": (), "cosine": (), "growth": ()}
+
+    def prepare(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """The norm of each token and of its difference from the site before: (2, batch, pos)."""
+        norm_BT = torch.linalg.vector_norm(wide(x), dim=-1)
+        if previous is None:
+            return torch.stack([norm_BT, torch.full_like(norm_BT, torch.nan)])
+        _same_shape(x, previous)
+        # By the difference itself: from three norms a small step would be rounded away.
+        return torch.stack([norm_BT, torch.linalg.vector_norm(wide(x) - wide(previous), dim=-1)])
+
+    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """All (layer): tokens and square of the states; pairs, movement, turns and cosine of the steps."""
+        norm_LBT, step_LBT = double(x).unbind(1)
+        before_LBT = torch.cat([torch.full_like(norm_LBT[:1], torch.nan), norm_LBT[:-1]])
+        there = norm_LBT.isfinite() if mask is None else norm_LBT.isfinite() & mask
+        pair = there & (before_LBT > 0) & before_LBT.isfinite()
+        turn = pair & (norm_LBT > 0)
+        cosine = (norm_LBT.square() + before_LBT.square() - step_LBT.square()) / (2 * norm_LBT * before_LBT)
+        return {
+            "tokens": there.sum((1, 2)),
+            "square": norm_LBT.square().where(there, 0.0).sum((1, 2)),
+            "pairs": pair.sum((1, 2)),
+            "movement": (step_LBT / before_LBT).where(pair, 0.0).sum((1, 2)),
+            "turns": turn.sum((1, 2)),
+            "cosine": cosine.clamp(-1, 1).where(turn, 0.0).sum((1, 2)),
+        }
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        rms = ratio(stats["square"], stats["tokens"]).sqrt()
+        return {
+            "movement": ratio(stats["movement"], stats["pairs"]),
+            "cosine": ratio(stats["cosine"], stats["turns"]),
+            "growth": rms / rms[..., :1],
+        }
+
+
+class LAC(Measure):
+    r"""Share of tokens at which each block is activated, that is, not a void (L2 adaptive computation).
+
+    See `lac_voids` for what a void is. ``activated``: 1 minus the share of voids, over real tokens that are finite at
+    every site; NaN for the first site, which is the input of the first block.
+
+    Prompt and generated tokens are told apart by measuring them with one measure each.
+
+    Args:
+        alpha: the share of the range of earlier changes below which a block counts as a void.
+
+    Shapes: `prepare` takes (batch, pos, unit); `update` the states (layer, batch, pos, unit); value (layer).
+
+    Source: Shemiranifar 2025, Void in Language Models, and its released code.
+
+    Example:
+        >>> norms = torch.tensor([1.0, 2.0, 5.0, 5.5])
+        >>> lac = LAC()
+        >>> lac.update(norms[:, None, None, None])
+        >>> lac.compute()["activated"].tolist()
+        [nan, 1.0, 1.0, 0.0]
+    """
+
+    layout = "depth"
+    reductions: ClassVar[dict[str, Reduction]] = {"tokens": "sum", "activated": "sum"}
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {"activated": ()}
+
+    def __init__(self, alpha: float = 0.8, **options: object):
+        super().__init__(**options)
+        self.alpha = alpha
+
+    def prepare(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """The norm of each token: (1, batch, pos)."""
+        return torch.linalg.vector_norm(wide(x), dim=-1)[None]
+
+    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """Both (layer): tokens, 0 for the first site; activated, those at which the block is no void."""
+        if len(x) < 2:
+            raise MeasureError("LAC compares states: give the input of the first block and the output of one or more")
+        norm_LBT = x[:, 0]
+        there_BT = norm_LBT.isfinite().all(0)
+        if mask is not None:
+            there_BT = there_BT & mask
+        active_LBT = ~lac_voids(norm_LBT, self.alpha) & there_BT
+        count = there_BT.sum().expand(len(x)).clone()
+        count[0] = 0
+        return {"tokens": count, "activated": torch.cat([count[:1], active_LBT.sum((1, 2))])}
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        return {"activated": ratio(stats["activated"], stats["tokens"])}
+
+
+def lac_voids(norm_LBT: Tensor, alpha: float = 0.8) -> Tensor:
+    r"""At which tokens each block is a void: one that changes the norm of the state less than earlier blocks did.
+
+    With the norms :math:`n_l` of one token after block l (:math:`n_0` before the first) and the signed changes
+    :math:`D_l = n_l - n_{l-1}`, block l is a void if :math:`D_l < \alpha (\max_{j<l} D_j - \min_{j<l} D_j)`. For the
+    first block, which has no earlier ones, the threshold is 0. Only earlier blocks of the same token count.
+
+    Args:
+        norm_LBT: norms (1 + blocks, *any), the input of the first block in front.
+        alpha: as above.
+
+    Returns:
+        (blocks, *any) bool.
+
+    >>> lac_voids(torch.tensor([5.0, 4.0, 6.0, 7.0])).tolist()
+    [True, False, True]
+    """
+    change = norm_LBT.diff(dim=0)
+    spread = change.cummax(0).values - change.cummin(0).values
+    threshold = torch.cat([torch.zeros_like(change[:1]), alpha * spread[:-1]])
+    return change < threshold
+
+
+def _same_shape(x: Tensor, previous: Tensor) -> None:
+    if x.shape != previous.shape:
+        raise MeasureError(
+            f"the states of two sites are compared and have the shapes {tuple(previous.shape)} and {tuple(x.shape)}; "
+            "choose sites of one residual stream"
+        )

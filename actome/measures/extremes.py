@@ -1,0 +1,197 @@
+"""The largest activations: how far they stand out, and where they sit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.measure import Measure, Reduction, double, ratio, real_tokens
+from .sparsity import count_above
+
+
+class MassiveActivations(Measure):
+    r"""How far the largest activation of a sequence stands above the median one, and which units and positions it has.
+
+    Over S sequences :math:`h_x \in \mathbb{R}^{T_x \times U}` of real tokens:
+
+    - ``massive_ratio``: :math:`\sum_x \max |h_x| \,/\, \sum_x \mathrm{median} |h_x|`, maximum and median over all
+      positions and units of one sequence (of an even number of entries the lower median, as in `torch.median`)
+    - ``massive_unit``, ``massive_position``: the unit and the position that carry the most maxima
+    - ``massive_unit_share`` for each unit, ``massive_position_share`` for each position: share of sequences whose
+      maximum sits there. Positions count from the first real token; those from `positions` on share the last entry.
+
+    Tokens with a non-finite unit are left out, and so are sequences without a token left.
+
+    Args:
+        positions: how many positions are told apart.
+
+    Shapes: x (\*stack, batch, pos, unit); massive_ratio, massive_unit, massive_position (\*stack),
+    massive_unit_share (\*stack, unit), massive_position_share (\*stack, positions + 1), the last not in tables. A site
+    that is mostly zero has a median of 0 and an infinite ratio; the measure is meant for the residual stream.
+
+    Source: ratio of means after Hidden Dynamics of Massive Activations in Transformer Training; the phenomenon after
+    Sun et al. 2024, Massive Activations in Large Language Models, who call an activation massive above 100 and 1000
+    times the median.
+
+    Example:
+        >>> massive = MassiveActivations()
+        >>> h = torch.ones(1, 4, 8)
+        >>> h[0, 0, 5] = -300.0
+        >>> massive.update(h)
+        >>> {name: float(massive.compute()[name]) for name in ("massive_ratio", "massive_unit", "massive_position")}
+        {'massive_ratio': 300.0, 'massive_unit': 5.0, 'massive_position': 0.0}
+    """
+
+    reductions: ClassVar[dict[str, Reduction]] = {
+        "sequences": "sum",
+        "largest": "sum",
+        "median": "sum",
+        "units": "sum",
+        "places": "sum",
+    }
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {
+        "massive_ratio": (),
+        "massive_unit": (),
+        "massive_position": (),
+        "massive_unit_share": ("unit",),
+        "massive_position_share": ("position",),
+    }
+
+    def __init__(self, positions: int = 64, **options: object):
+        super().__init__(**options)
+        self.positions = positions
+
+    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """sequences, largest, median: scalars; units: (unit) and places: (positions + 1), counts of maxima."""
+        kept = real_tokens(x, mask)
+        units = x.shape[-1]
+        magnitude = kept.x.abs()
+        largest_B, at_B = magnitude.flatten(1).max(-1)
+        position_B = at_B // units
+        if mask is not None:
+            position_B = (mask.long().cumsum(-1) - 1).gather(1, position_B[:, None])[:, 0].clamp_min(0)
+        if kept.keep is None:
+            entries = [magnitude[0].numel()] * len(x)
+            seen_B = torch.ones_like(at_B)
+        else:
+            entries = (kept.keep.sum(-1) * units).tolist()
+            seen_B = kept.keep.any(-1).long()
+            magnitude = magnitude.masked_fill(~kept.keep[..., None], math.inf)
+        median_B = lower_medians(magnitude.flatten(1), entries)
+        counts = torch.zeros(units, dtype=torch.long, device=x.device)
+        places = counts.new_zeros(self.positions + 1)
+        return {
+            "sequences": seen_B.sum(),
+            "largest": double(largest_B).sum(),
+            "median": double(median_B).sum(),
+            "units": counts.index_add(0, at_B % units, seen_B),
+            "places": places.index_add(0, position_B.clamp_max(self.positions), seen_B),
+        }
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        sequences = stats["sequences"]
+        units, places = stats["units"], stats["places"]
+        return {
+            "massive_ratio": ratio(stats["largest"], stats["median"]),
+            "massive_unit": double(units.argmax(-1)).where(sequences > 0, torch.nan),
+            "massive_position": double(places.argmax(-1)).where(sequences > 0, torch.nan),
+            "massive_unit_share": ratio(units, sequences[..., None]),
+            "massive_position_share": ratio(places, sequences[..., None]),
+        }
+
+
+class OutlierChannels(Measure):
+    r"""Channels (units) that stand far above the others at many tokens, not only at a massive few.
+
+    A unit stands out at a token when :math:`|x_u| > c \sqrt{\pi/2} \; \mathrm{mean}_v |x_v|`. The right side is *c*
+    times the rms if the token's units are Gaussian, and unlike the rms it hardly rises with the outliers themselves. A
+    unit that does so at a share *p* of tokens or more is an outlier channel.
+
+    - ``outlier_channels``: how many there are
+    - ``outlier_energy``: share of a token's squared norm that they carry, :math:`x_u^2 / \lVert x \rVert^2` averaged
+      over tokens, so that a few massive tokens do not decide it
+    - ``outlier_frequency``: for each unit the share of tokens at which it stands out
+
+    Over real tokens; those with a non-finite unit are left out.
+
+    Args:
+        factor: *c*, 6 by default.
+        share: *p*, 0.06 by default.
+
+    Shapes: x (\*stack, batch, pos, unit); outlier_channels and outlier_energy (\*stack), outlier_frequency (\*stack,
+    unit). With few units one of them cannot stand out so far: below about 2 c units, lower the factor.
+
+    Source: Dettmers et al. 2022, LLM.int8(), and Ahmadian et al. 2023, Intriguing Properties of Quantization at Scale
+    (magnitude above 6 at 6 % of tokens or more); their fixed magnitude is replaced by a multiple of the token's own
+    scale, so that the definition holds for models of any size. Channel against spike after Rotated Runtime Smooth.
+
+    Example:
+        >>> h = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0))
+        >>> h[..., 7] += 20.0
+        >>> outliers = OutlierChannels()
+        >>> outliers.update(h)
+        >>> int(outliers.compute()["outlier_channels"]), int(outliers.compute()["outlier_frequency"].argmax())
+        (1, 7)
+    """
+
+    reductions: ClassVar[dict[str, Reduction]] = {"tokens": "sum", "above": "sum", "energy": "sum"}
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {
+        "outlier_channels": (),
+        "outlier_energy": (),
+        "outlier_frequency": ("unit",),
+    }
+
+    def __init__(self, factor: float = 6.0, share: float = 0.06, **options: object):
+        super().__init__(**options)
+        self.factor = factor
+        self.share = share
+
+    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """tokens: (); above: (unit), counts; energy: (unit), summed shares of the tokens' squared norms."""
+        kept = real_tokens(x, mask)
+        x_NU = kept.x.flatten(0, 1)
+        scale_N1 = x_NU.abs().mean(-1, keepdim=True) * math.sqrt(math.pi / 2)
+        square_NU = x_NU.square()
+        share_N = square_NU.sum(-1).reciprocal()
+        share_N = share_N.where(share_N.isfinite(), 0.0)  # a token of zeros has no energy to share out
+        return {
+            "tokens": kept.count,
+            "above": count_above(x_NU, scale_N1 * self.factor),
+            "energy": share_N @ square_NU,
+        }
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        tokens = stats["tokens"]
+        frequency = ratio(stats["above"], tokens[..., None])
+        outlier = frequency >= self.share
+        return {
+            "outlier_channels": double(outlier.sum(-1)).where(tokens > 0, torch.nan),
+            "outlier_energy": ratio(double(stats["energy"]).where(outlier, 0.0).sum(-1), tokens),
+            "outlier_frequency": frequency,
+        }
+
+
+def lower_medians(x: Tensor, entries: list[int]) -> Tensor:
+    """The lower median of the `entries` smallest numbers of each row, which it rearranges; 0 for none of them.
+
+    >>> lower_medians(torch.tensor([[4.0, 1.0, 3.0, 2.0], [1.0, 2.0, 5.0, math.inf]]), [4, 3])
+    tensor([2., 2.])
+    """
+    ranks = [max(n - 1, 0) // 2 for n in entries]
+    if x.device.type != "cpu":
+        found = [row.kthvalue(rank + 1).values for row, rank in zip(x, ranks, strict=True)]
+        return torch.stack(found).where(torch.tensor(entries, device=x.device) > 0, 0.0)
+    # numpy selects with vector instructions, more than ten times faster than torch.median; in place, since `x` is ours.
+    rows = x.numpy()
+    found = []
+    for row, rank, n in zip(rows, ranks, entries, strict=True):
+        row.partition(rank)
+        found.append(row[rank] if n else 0.0)
+    return torch.from_numpy(np.array(found, dtype=rows.dtype))

@@ -1,0 +1,149 @@
+"""How many units are silent: at a token, for most tokens, or for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.measure import Measure, Reduction, double, ratio, real_tokens
+
+# Rows whose intermediate results stay in a core's cache; larger ones would be written to memory and read again.
+_CHUNK = 1 << 18
+_CHUNK_ACCELERATOR = 1 << 26
+
+
+class Sparsity(Measure):
+    r"""Shares of exact zeros and near-zeros, and how often each unit is active.
+
+    A unit is *active* at a token when :math:`|a_u| > \epsilon \sqrt{\frac{1}{U} \sum_v a_v^2}`: the threshold follows
+    the rms of the token's own activations at this site. So it is known when the token passes, the result does not
+    depend on how the text was cut into batches, and scaling a layer changes nothing.
+
+    - ``zeros``: share of activations that are exactly 0, over tokens and units
+    - ``near_zeros``: share that are not active, exact zeros among them
+    - ``frequency``: for each unit, share of tokens at which it is active
+
+    Over real tokens; those with a non-finite unit are left out.
+
+    Args:
+        near: :math:`\epsilon`, 0.01 by default.
+
+    Shapes: x (\*stack, batch, pos, unit); zeros and near_zeros (\*stack), frequency (\*stack, unit).
+
+    Source: exact zeros after Li et al. 2023, The Lazy Neuron Phenomenon (their measure of sparsity in ReLU layers). The
+    relative threshold carries the notion over to GELU and SiLU, which are never quite zero.
+
+    Example:
+        >>> sparsity = Sparsity()
+        >>> sparsity.update(torch.tensor([[[1.0, 0.0, 0.001, -1.0], [1.0, 0.0, 0.5, 0.0]]]))
+        >>> sparsity.compute()["frequency"].tolist()
+        [1.0, 0.0, 0.5, 0.5]
+    """
+
+    reductions: ClassVar[dict[str, Reduction]] = {"tokens": "sum", "active": "sum", "nonzero": "sum"}
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {"zeros": (), "near_zeros": (), "frequency": ("unit",)}
+
+    def __init__(self, near: float = 0.01, **options: object):
+        super().__init__(**options)
+        self.near = near
+
+    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """tokens: (); active: (unit), tokens at which a unit is active; nonzero: ()."""
+        kept = real_tokens(x, mask)
+        x_NU = kept.x.flatten(0, 1)
+        rms_N1 = torch.linalg.vector_norm(x_NU, dim=-1, keepdim=True) / x_NU.shape[-1] ** 0.5
+        return {
+            "tokens": kept.count,
+            "active": count_above(x_NU, rms_N1 * self.near),
+            "nonzero": x_NU.count_nonzero(),
+        }
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        entries = stats["tokens"] * stats["active"].shape[-1]
+        return {
+            "zeros": 1 - ratio(stats["nonzero"], entries),
+            "near_zeros": 1 - ratio(stats["active"].sum(-1), entries),
+            "frequency": ratio(stats["active"], stats["tokens"][..., None]),
+        }
+
+
+class DeadUnits(Measure):
+    r"""Units that never did anything over the whole stream.
+
+    A unit is dead when :math:`\max_t |a_{tu}| \le \tau \cdot \mathrm{rms}` with the rms of all activations at the site.
+    For ReLU a dead unit's maximum is exactly 0. GELU and SiLU are never zero: a unit whose input stays below about -4
+    puts out less than a thousandth of what the others do, which no later layer can tell from nothing; one that opens
+    once, however rarely, exceeds the threshold by far and is alive. A unit that is stuck at a constant is not dead.
+
+    A unit that opens rarely looks dead in a short text. With no activation in N tokens its true frequency is, with 95 %
+    confidence, below :math:`1 - 0.05^{1/N} \approx 3/N` (tokens taken as independent, so rather more on a text about
+    one thing): that bound is reported, and a dead unit means no more than it says.
+
+    - ``dead``: share of units that are dead
+    - ``dead_bound``: the highest frequency that a unit called dead may still have
+    - ``peak``: for each unit :math:`\max_t |a_{tu}| / \mathrm{rms}`
+
+    Over real tokens; those with a non-finite unit are left out.
+
+    Args:
+        threshold: :math:`\tau`, 0.001 by default.
+
+    Shapes: x (\*stack, batch, pos, unit); dead and dead_bound (\*stack), peak (\*stack, unit).
+
+    Source: Voita et al. 2023, Neurons in Large Language Models: Dead, N-gram, Positional (for ReLU: a unit that never
+    activates over a large corpus); the relative threshold is ours.
+
+    Example:
+        >>> dead = DeadUnits()
+        >>> dead.update(torch.tensor([[[1.0, 0.0], [2.0, 1e-6]]]))
+        >>> float(dead.compute()["dead"])
+        0.5
+    """
+
+    reductions: ClassVar[dict[str, Reduction]] = {"tokens": "sum", "square": "sum", "largest": "max"}
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {"dead": (), "dead_bound": (), "peak": ("unit",)}
+
+    def __init__(self, threshold: float = 1e-3, **options: object):
+        super().__init__(**options)
+        self.threshold = threshold
+
+    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """tokens: (); square: (), sum of all squares; largest: (unit), largest magnitude."""
+        kept = real_tokens(x, mask)
+        x_NU = kept.x.flatten(0, 1)
+        return {
+            "tokens": kept.count,
+            "square": double(torch.linalg.vector_norm(x_NU, dim=-1)).square().sum(),
+            "largest": torch.maximum(x_NU.amax(0), -x_NU.amin(0)),
+        }
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        tokens, largest = stats["tokens"], stats["largest"]
+        rms = ratio(stats["square"], tokens * largest.shape[-1]).sqrt()[..., None]
+        # A site that is zero throughout is dead throughout, and one that saw no token is neither.
+        peak = torch.where(rms == 0, 0.0, double(largest) / rms)
+        return {
+            "dead": double(peak <= self.threshold).mean(-1).where(tokens > 0, torch.nan),
+            "dead_bound": 1 - 0.05 ** (1 / double(tokens)),
+            "peak": peak,
+        }
+
+
+def count_above(x_NU: Tensor, threshold_N1: Tensor) -> Tensor:
+    """How many tokens each unit exceeds the token's threshold at, in absolute value: (unit), int64."""
+    rows = max(1, (_CHUNK if x_NU.device.type == "cpu" else _CHUNK_ACCELERATOR) // x_NU.shape[-1])
+    above = torch.zeros(x_NU.shape[-1], dtype=torch.long, device=x_NU.device)
+    # Counted as a product with ones in float32, several times faster than a sum of bools, and exact below 2^24 rows.
+    magnitude = x_NU.new_empty(min(rows, len(x_NU)), x_NU.shape[-1])
+    ones = x_NU.new_ones(len(magnitude))
+    hit = torch.empty_like(magnitude)
+    for x, threshold in zip(x_NU.split(rows), threshold_N1.split(rows), strict=True):
+        n = len(x)
+        torch.gt(torch.abs(x, out=magnitude[:n]), threshold, out=hit[:n])
+        above += (ones[:n] @ hit[:n]).long()
+    return above

@@ -1,0 +1,263 @@
+"""A scan: one pass over a text, what was measured on the way, and what in it is worth a person's attention."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from actome import __version__
+from actome.core.errors import ActomeError
+from actome.core.table import PLACES
+from actome.core.text import Text
+from actome.measures.findings import Finding, find
+from actome.measures.panels import PANELS
+from actome.tasks.corpus import documents
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from actome.core.model import Model
+
+SEVERITIES = ("critical", "warning", "info")
+SHIPPED_TEXT = "manual and standard library of Python, held-out part"
+_COLUMNS = ["site", *PLACES, "measure", "value"]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a text said about a model.
+
+    Attributes:
+        model: facts about the model: name, family, class, parameters, dtype, device, layers, d_model, ...
+        text: facts about the text: source, context, and in `counts` how much of it was read.
+        run: panel, seconds, time of day and versions of what ran.
+        frame: one row for each number: site, layer, head, unit, expert (missing where they do not apply), measure,
+            value. Of single units only those that a finding names have rows; a model may have a million others.
+        findings: what stands out, the most severe first.
+        skipped: what the panel measures and this model has no place for, with the reason.
+    """
+
+    model: dict[str, Any]
+    text: dict[str, Any]
+    run: dict[str, Any]
+    frame: pd.DataFrame = field(repr=False)
+    findings: tuple[Finding, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scan as plain data; keys are absent where they do not apply, and what is not a number is ``None``."""
+        return {
+            "actome": __version__,
+            "model": _strict(self.model),
+            "text": _strict(self.text),
+            "run": _strict({**self.run, "skipped": list(self.skipped)}),
+            "rows": _records(self.frame),
+            "findings": [_strict(finding.to_dict()) for finding in self.findings],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as strict JSON: no NaN and no infinity in it, one row to a line."""
+        data = self.to_dict()
+        parts = [
+            f"{json.dumps(key)}: {_lines(value) if key in ('rows', 'findings') else json.dumps(value, allow_nan=False)}"
+            for key, value in data.items()
+        ]
+        return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Scan:
+        """A scan read back from JSON, given as the text itself or as the path of a file.
+
+        Raises:
+            ActomeError: when that is no scan.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        try:
+            data = json.loads(source if is_text else Path(source).read_text(encoding="utf-8"))
+            run = dict(data["run"])
+            return cls(
+                data["model"],
+                data["text"],
+                {key: value for key, value in run.items() if key != "skipped"},
+                _frame(data["rows"]),
+                tuple(Finding.from_dict(one) for one in data["findings"]),
+                tuple(run.get("skipped", ())),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            where = "this text" if is_text else str(source)
+            raise ActomeError(f"{where} is no scan written by actome: {type(error).__name__} {error}") from error
+
+    def save_json(self, path: str | Path) -> Path:
+        """Writes `to_json` to a file, whose folders are made; returns its path."""
+        return _write(path, self.to_json())
+
+    def to_html(self) -> str:
+        """The scan as one page that needs no network."""
+        from actome.report.html import page
+
+        return page(self)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Writes `to_html` to a file, whose folders are made; returns its path."""
+        return _write(path, self.to_html())
+
+    def print(self, console: Console | None = None) -> None:
+        """Prints the report to the terminal, or to a console of the rich library."""
+        from actome.report.terminal import print_scan
+
+        print_scan(self, console)
+
+    def values(self, measure: str, *places: str) -> pd.DataFrame:
+        """The rows of one measure that have exactly these places, in order.
+
+        Args:
+            measure: name of the value, such as ``"rms"``.
+            places: out of layer, head, unit, expert; ``"site"`` is always there.
+
+        Returns:
+            A frame with columns site, *places, value; empty when nothing of the kind was measured.
+        """
+        rows = self.frame[self.frame["measure"] == measure]
+        for place in PLACES:
+            rows = rows[rows[place].notna() if place in places else rows[place].isna() | (place == "layer")]
+        return rows[["site", *places, "value"]].reset_index(drop=True)
+
+
+def scan(
+    model: Model,
+    text: Any = None,
+    panel: str = "health",
+    thresholds: Mapping[str, float] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Scan:
+    """Reads a text once and reports what the model's activations are like on it.
+
+    Args:
+        model: what `load`, `wrap` or `demo` gave.
+        text: a `Text`; or a file, folder or iterable of strings to make one of; by default held-out text that ships
+            with Python, up to 32768 tokens.
+        panel: name of a set of measures.
+        thresholds: for findings, by name; those not given keep their defaults.
+        progress: called with the number of tokens read so far.
+
+    Raises:
+        ActomeError: for a panel that does not exist, a text without text, or a model that takes none.
+
+    Example:
+        >>> import actome as ac
+        >>> result = ac.scan(ac.demo(), ["The value of the expression is returned. " * 20])
+        >>> result.frame.columns.tolist()
+        ['site', 'layer', 'head', 'unit', 'expert', 'measure', 'value']
+    """
+    if panel not in PANELS:
+        raise ActomeError(f"there is no panel {panel!r}; there are: {', '.join(PANELS)}")
+    if text is None:
+        text = default_text(model, limit=32_768)
+    elif not isinstance(text, Text):
+        text = Text(text, model.tokenizer, context=min(model.context or 512, 512))
+    started, start = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
+    table = model.measure(text, panel, progress=progress)
+    found = sorted(find(table, thresholds), key=lambda one: SEVERITIES.index(one.severity))
+    run = {
+        "panel": panel,
+        "started": started,
+        "seconds": round(time.perf_counter() - start, 2),
+        "thresholds": dict(thresholds or {}),
+        "versions": _versions(),
+    }
+    source = {"source": SHIPPED_TEXT} if isinstance(text, _ShippedText) else {}
+    frame = _shown(table.frame, found)
+    return Scan(model.info, {**text.describe(), **source}, run, frame, tuple(found), tuple(table.skipped))
+
+
+class _ShippedText(Text):
+    """Marks the default text, which would otherwise be described as so many texts from a list."""
+
+
+def default_text(model: Model, **options: Any) -> Text:
+    """Held-out text that ships with Python, English first, for a model's tokenizer; options are those of `Text`."""
+    options.setdefault("context", min(model.context or 512, 512))
+    return _ShippedText([(one.title, one.text) for one in documents("heldout")], model.tokenizer, **options)
+
+
+def _shown(frame: pd.DataFrame, found: list[Finding]) -> pd.DataFrame:
+    """The rows without a unit, and those of units that a finding names."""
+    frame = frame.reindex(columns=_COLUMNS)
+    named = pd.DataFrame(
+        [(site, unit) for one in found for site, unit in one.units()], columns=["site", "unit"]
+    ).drop_duplicates()
+    units = frame[frame["unit"].notna()].merge(named.astype({"unit": "Int64"}), on=["site", "unit"])
+    return _typed(pd.concat([frame[frame["unit"].isna()], units], ignore_index=True))
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.astype({**dict.fromkeys(PLACES, "Int64"), "value": "float64"})
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return _typed(pd.DataFrame(rows).reindex(columns=_COLUMNS))
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    places = [(place, frame[place].astype(object).where(frame[place].notna(), None).tolist()) for place in PLACES]
+    return [
+        {
+            "site": site,
+            **{place: int(column[i]) for place, column in places if column[i] is not None},
+            "measure": measure,
+            "value": _strict(float(value)),
+        }
+        for i, (site, measure, value) in enumerate(
+            zip(frame["site"], frame["measure"], frame["value"], strict=True)
+        )
+    ]  # fmt: skip
+
+
+def _strict(value: Any) -> Any:
+    """Without what JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _strict(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _lines(items: list[dict[str, Any]]) -> str:
+    return "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in items) + "\n]" if items else "[]"
+
+
+def _write(path: str | Path, content: str) -> Path:
+    """Writes a whole file or none: an interruption leaves what was there before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(content, encoding="utf-8")
+    return part.replace(path)
+
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def finding_ids() -> list[str]:
+    """The ids that a finding may have, such as ``dead-units``."""
+    from actome.measures.findings import IDS
+
+    return list(IDS)
+
+
+def panel_names() -> list[str]:
+    """The panels that there are."""
+    return list(PANELS)
