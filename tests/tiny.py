@@ -54,7 +54,6 @@ _T5 = {
     "d_kv": 5,  # heads * d_kv differs from d_model, as in the larger T5s
     "d_ff": 40,
     "num_layers": 2,
-    "num_decoder_layers": 3,
     "num_heads": 4,
     "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
@@ -130,7 +129,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
         tf.Qwen3MoeConfig(
             **_MOE | {"num_hidden_layers": 3},
             num_experts=4,
-            moe_intermediate_size=20,
+            moe_intermediate_size=32,  # grouped kernels want rows of 16 bytes, also in bfloat16
             head_dim=8,
             mlp_only_layers=[1],
             norm_topk_prob=True,
@@ -143,7 +142,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
             n_group=2,
             topk_group=1,
             n_shared_experts=2,
-            moe_intermediate_size=20,
+            moe_intermediate_size=32,  # grouped kernels want rows of 16 bytes, also in bfloat16
             first_k_dense_replace=1,
             q_lora_rank=12,
             kv_lora_rank=8,
@@ -165,7 +164,7 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     ),
     "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)),
     "t5-gated": lambda: tf.T5ForConditionalGeneration(
-        tf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        tf.T5Config(**_T5, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     ),
     "vit": lambda: tf.ViTForImageClassification(
         tf.ViTConfig(

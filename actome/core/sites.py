@@ -55,6 +55,10 @@ class Site:
         """The size of a dim, or ``None`` when it varies or the site does not have it."""
         return dict(zip(self.dims, self.sizes, strict=False)).get(dim)
 
+    def __getstate__(self) -> dict[str, object]:
+        # The address leads into a model; a site that travels to another process leaves it behind.
+        return {**self.__dict__, "address": None}
+
     def __str__(self) -> str:
         shape = ", ".join(d if s is None else f"{d} {s}" for d, s in itertools.zip_longest(self.dims, self.sizes))
         return f"{self.name} [{shape}]{'' if self.writable else ' (read only)'}"

@@ -44,6 +44,7 @@ class NextTokenLoss(Measure):
     """
 
     layout = "logits"
+    next_token = True
     reductions: ClassVar[dict[str, Reduction]] = {
         "tokens": "sum",
         "lost": "sum",
@@ -67,7 +68,8 @@ class NextTokenLoss(Measure):
             raise MeasureError(f"NextTokenLoss needs the token ids (batch, pos) of its logits {tuple(x.shape)}, not {given}")
         tokens = tokens.to(x.device)
         real_BT = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        next_BT = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)
+        # Clamped, since a padded position may hold any id; nothing is predicted from the last position.
+        next_BT = tokens.roll(-1, 1).clamp(0, x.shape[-1] - 1)
         log_z_BT, peak_BT, target_BT = _scan(x, next_BT)
         good_BT = real_BT & log_z_BT.isfinite()
         predicts_BT = good_BT.clone()
