@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         for site in model.sites(args.pattern):
             print(site)
         return 0
+    from actome.report.words import spans
+
     # Without a pattern the twelve or eighty blocks of a model say the same twelve or eighty times.
     kinds: dict[tuple[str, str], list] = {}
     for site in model.sites():
@@ -39,21 +41,6 @@ def run(args: argparse.Namespace) -> int:
         kinds.setdefault((site.local, shape), []).append(site)
     for (local, shape), group in kinds.items():
         alone = len(group) == 1
-        layers = "" if alone else f"  layers {_spans([site.layer for site in group])}"
+        layers = "" if alone else f"  layers {spans([site.layer for site in group])}"
         print(f"{group[0].name if alone else local}{shape}{layers}")
     return 0
-
-
-def _spans(layers: list[int]) -> str:
-    """Runs of layers, written short.
-
-    >>> _spans([0, 1, 2, 5])
-    '0-2, 5'
-    """
-    spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import TextError, nearest
 
-PIECE = 1 << 20  # characters
+PIECE = 1 << 18  # characters; tokenising takes some 500 bytes for each
 _WINDOW = 1 << 14  # how far back from the end of a piece a place to cut it is looked for
 _HEAD = 1 << 13  # bytes in which a NUL tells a binary file, as git does it
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",

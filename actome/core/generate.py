@@ -69,6 +69,10 @@ class _Chunks:
         return torch.cat(parts, dim=time)
 
 
+def _prompt_lengths(mask: Tensor | None, length: int, rows: int) -> tuple[int, ...]:
+    return (length,) * rows if mask is None else tuple(mask.sum(dim=1).tolist())
+
+
 def generate(
     model: Model,
     prompt: Any,
@@ -145,6 +149,7 @@ def generate(
             {site.name: site.dims for site in sites},
             tokens=read,
             mask=full,
+            prompt_length=_prompt_lengths(mask, length, len(out)),
             meta={"model": model.name, "prompt_length": length},
         )
     text = None

@@ -83,15 +83,23 @@ def load(
     kind = _model_class(transformers, config)
     try:
         # From file to device in one step; transformers reports what it misses by itself.
-        module = kind.from_pretrained(
+        module, found = kind.from_pretrained(
             place,
             dtype=_dtype(dtype),
             use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
             **common,
             **options,
         )
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(_explain(place, local, error)) from error
+    missing = sorted(found.get("missing_keys", ()))
+    if missing:
+        # Such weights would be random numbers, and everything measured on them too.
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise LoadError(f"the weights in {place} lack {', '.join(missing[:3])}{more} of a {type(module).__name__}")
     module.eval()
     if device is not None:
         module.to(device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .errors import MeasureError
+from .real import Tokens, double, ratio, real_tokens, wide
 from .table import MeasureResult, MeasureTable, tidy
 
 if TYPE_CHECKING:
@@ -29,7 +30,18 @@ if TYPE_CHECKING:
 
     from .sites import Site
 
-__all__ = ["Layout", "Measure", "MeasureResult", "MeasureTable", "Reduction", "Tokens", "double", "ratio", "real_tokens", "wide"]
+__all__ = [
+    "Layout",
+    "Measure",
+    "MeasureResult",
+    "MeasureTable",
+    "Reduction",
+    "Tokens",
+    "double",
+    "ratio",
+    "real_tokens",
+    "wide",
+]
 
 Layout = Literal["tokens", "pattern", "logits", "depth"]
 Reduction = Literal["sum", "max", "min"]
@@ -77,7 +89,7 @@ class Measure(torchmetrics.Metric):
         >>> measure = Largest()
         >>> measure.update(torch.tensor([[[1.0], [7.0]]]), torch.tensor([[True, False]]))
         >>> measure.compute()
-        {'largest': tensor(1.)}
+        {'largest': tensor(1., dtype=torch.float64)}
     """
 
     is_differentiable = False
@@ -242,62 +254,6 @@ class _Box:
 
     def __init__(self, values: dict[str, Tensor]):
         self.values = values
-
-
-class Tokens(NamedTuple):
-    """The tokens of a batch that count.
-
-    Attributes:
-        x: (batch, pos, unit), float32 or float64; tokens left out are zero vectors.
-        keep: (batch, pos) bool, which tokens count; ``None`` when all do.
-        count: how many count, an int64 scalar.
-        real: how many are not padding, an int64 scalar; more than `count` when some were not finite.
-        non_finite: how many activations of real tokens are NaN or infinite, an int64 scalar.
-    """
-
-    x: Tensor
-    keep: Tensor | None
-    count: Tensor
-    real: Tensor
-    non_finite: Tensor
-
-
-def real_tokens(x_BTU: Tensor, mask_BT: Tensor | None = None) -> Tokens:
-    """Leaves out padding and every token with a non-finite unit, without a copy when there are none.
-
-    Left-out tokens become zero vectors: they add nothing to sums, to maxima of absolute values, or to counts of units
-    that exceed something, so a measure needs to know of them only through `count` (and `keep`, for tokenwise means).
-
-    >>> real_tokens(torch.tensor([[[1.0, 2.0], [float("nan"), 3.0]]])).count
-    tensor(1)
-    """
-    x, keep = wide(x_BTU), mask_BT
-    if keep is None:
-        real = torch.full((), x.shape[0] * x.shape[1], device=x.device)
-    else:
-        x, real = x.masked_fill(~keep[..., None], 0.0), keep.sum()
-    # The sum is finite only if every entry is, and costs one pass; should the sum alone overflow, the look decides.
-    if math.isfinite(x.sum()):
-        return Tokens(x, keep, real, real, torch.zeros_like(real))
-    finite_BTU = x.isfinite()
-    finite = finite_BTU.all(-1)
-    keep = finite if keep is None else keep & finite
-    return Tokens(x.masked_fill(~keep[..., None], 0.0), keep, keep.sum(), real, (~finite_BTU).sum())
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32, or float64 when it is already."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def double(x: Tensor) -> Tensor:
-    """In float64 where the device has it, for sums over many tokens; a copy, so for small tensors."""
-    return x.float() if x.device.type == "mps" else x.double()
-
-
-def ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """`part / whole` in float64, which torch would give in float32 for two counts; NaN for nothing of nothing."""
-    return double(part) / double(whole)
 
 
 def _into(how: str, state: Tensor, new: Tensor, name: str) -> Tensor:

@@ -47,7 +47,7 @@ class Site:
 
     @property
     def stack(self) -> str:
-        """Which of several stacks of blocks it is in: ``"encoder"``, ``"decoder"``, ``"text"``, ``"vision"`` or ``""``."""
+        """Its stack where a model has several: ``"encoder"``, ``"decoder"``, ``"text"`` or ``"vision"``; else ``""``."""
         first = self.name.partition(".")[0]
         return first if first in ("encoder", "decoder", "text", "vision") else ""
 

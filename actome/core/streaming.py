@@ -23,6 +23,7 @@ def record_to_memory(job: Job, text: Any, progress: Progress) -> Recording:
     tokens: list[Tensor] = []
     masks: list[Tensor] = []
     source: list[str] = []
+    numbers: list[int] = []
     dims: dict[str, tuple[str, ...]] = {}
     done = 0
     for batch in text:
@@ -33,6 +34,7 @@ def record_to_memory(job: Job, text: Any, progress: Progress) -> Recording:
         tokens.append(ids)
         masks.append(mask if mask is not None else torch.ones_like(ids, dtype=torch.bool))
         source += batch.source
+        numbers += batch.sequence
         done += batch.n_tokens
         if progress is not None:
             progress(done)
@@ -44,7 +46,8 @@ def record_to_memory(job: Job, text: Any, progress: Progress) -> Recording:
         tokens=torch.cat([_lengthen(t, ("batch", "pos"), longest) for t in tokens]),
         mask=None if bool(mask.all()) else mask,
         source=tuple(source),
-        meta={"model": job.model.name},
+        numbers=tuple(numbers),
+        meta={"model": job.model.name, "text": text.describe()},
     )
 
 
@@ -81,7 +84,8 @@ def record_to_disk(
         texts = [text] if isinstance(text, str) else text
         text = Text(texts, job.model.tokenizer, context=job.model.context, batch_size=batch_size, pack=False)
     positions = job.selection.positions
-    meta = {"model": job.model.info, "positions": None if positions is None else repr(positions)}
+    positions = None if positions is None else repr(positions)
+    meta = {"model": job.model.info, "text": text.describe(), "positions": positions}
     with Writer(path, job.plan.dims, meta=meta, **modes) as writer:
         done = 0
         for batch in text.skip(writer.done) if modes["resume"] else text:
@@ -90,4 +94,5 @@ def record_to_disk(
             done += batch.n_tokens
             if progress is not None:
                 progress(done)
+        writer.meta["text"] = text.describe()  # with the counts, now that they are known
     return Recording.open(path)

@@ -175,8 +175,10 @@ def _joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame({"site": [], "measure": [], "value": []})
     for place in places:
-        parts = [part.assign(**{place: pd.array([pd.NA] * len(part), dtype="Int64")}) if place not in part else part
-                 for part in parts]
+        parts = [
+            part.assign(**{place: pd.array([pd.NA] * len(part), dtype="Int64")}) if place not in part else part
+            for part in parts
+        ]
     order = ["site", *places, "measure", "value"]
     joined = pd.concat([part[order] for part in parts], ignore_index=True)
     return joined.astype(dict.fromkeys(places, "Int64"))
@@ -207,5 +209,7 @@ def _features(site: Site, unit: np.ndarray, width: int) -> dict[str, np.ndarray]
 def _per_site(value: Tensor, ndim: int, sites: int, name: str) -> Tensor:
     shape = value.shape[value.ndim - ndim :]
     if value.numel() != sites * math.prod(shape):
-        raise MeasureError(f"{name!r} has the shape {tuple(value.shape)}, and there are {sites} sites: one for each entry")
+        raise MeasureError(
+            f"{name!r} has the shape {tuple(value.shape)}, and there are {sites} sites: one for each entry"
+        )
     return value.reshape(sites, *shape)

@@ -65,7 +65,9 @@ class NextTokenLoss(Measure):
         """tokens, lost (not finite), predictions: counts; nll and log_z: sums over them; peak: largest; all ()."""
         if tokens is None or tokens.shape != x.shape[:2]:
             given = "none" if tokens is None else tuple(tokens.shape)
-            raise MeasureError(f"NextTokenLoss needs the token ids (batch, pos) of its logits {tuple(x.shape)}, not {given}")
+            raise MeasureError(
+                f"NextTokenLoss needs the token ids (batch, pos) of its logits {tuple(x.shape)}, not {given}"
+            )
         tokens = tokens.to(x.device)
         real_BT = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         # Clamped, since a padded position may hold any id; nothing is predicted from the last position.

@@ -18,7 +18,7 @@ from actome import __version__
 from actome.core.errors import ActomeError
 from actome.core.table import PLACES
 from actome.core.text import Text
-from actome.measures.findings import Finding, find
+from actome.measures.findings import IDS, Finding, find
 from actome.measures.panels import PANELS
 from actome.tasks.corpus import documents
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from actome.core.model import Model
 
-SEVERITIES = ("critical", "warning", "info")
 SHIPPED_TEXT = "manual and standard library of Python, held-out part"
 _COLUMNS = ["site", *PLACES, "measure", "value"]
 
@@ -165,8 +164,8 @@ def scan(
     elif not isinstance(text, Text):
         text = Text(text, model.tokenizer, context=min(model.context or 512, 512))
     started, start = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
-    table = model.measure(text, panel, progress=progress)
-    found = sorted(find(table, thresholds), key=lambda one: SEVERITIES.index(one.severity))
+    table = model.measure(text, PANELS[panel], progress=progress)
+    found = find(table, thresholds)
     run = {
         "panel": panel,
         "started": started,
@@ -253,8 +252,6 @@ def _versions() -> dict[str, str]:
 
 def finding_ids() -> list[str]:
     """The ids that a finding may have, such as ``dead-units``."""
-    from actome.measures.findings import IDS
-
     return list(IDS)
 
 

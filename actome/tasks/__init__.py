@@ -1,0 +1,1 @@
+"""Subjects: data with known ground truth, tiny models, and the demo model."""
