@@ -849,6 +849,36 @@ def test_both_attention_implementations_read_exactly_and_write_alike(name: str, 
     assert_leaves_no_trace(module, inputs(name))
 
 
+@pytest.mark.parametrize("key", ["mine", "sdpa"])
+def test_a_users_own_attention_function_is_called_and_kept(key: str) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
+
+    calls = []
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0])
+        return sdpa_attention_forward(*args, **kwargs)
+
+    FUNCTIONS[key], MASKS[key] = mine, MASKS["sdpa"]
+    try:
+        module = with_kernel(TINY["llama"](), key)
+        model = ac.wrap(module)
+        assert {site.local for site in model.sites()} == EXPECTED["llama"]
+        calls.clear()
+        sites = [site.name for site in model.sites()]
+        recording = model.record(inputs("llama"), sites)
+        assert len(calls) == len(module.model.layers)
+        for site in sites:
+            close(recording[site], recorded("llama")[site])
+        assert_reading_is_exact(model, inputs("llama"))
+        assert_leaves_no_trace(module, inputs("llama"))
+        assert FUNCTIONS[key] is mine
+    finally:
+        del FUNCTIONS[key], MASKS[key]
+
+
 # -- generation ------------------------------------------------------------------------------------------------------
 
 GENERATING = [*CAUSAL, "t5"]

@@ -47,7 +47,7 @@ class Site:
 
     @property
     def stack(self) -> str:
-        """Its stack where a model has several: ``"encoder"``, ``"decoder"``, ``"text"`` or ``"vision"``; else ``""``."""
+        """Its stack where there are several: ``"encoder"``, ``"decoder"``, ``"text"`` or ``"vision"``; else ``""``."""
         first = self.name.partition(".")[0]
         return first if first in ("encoder", "decoder", "text", "vision") else ""
 

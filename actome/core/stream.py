@@ -153,19 +153,33 @@ def _stop(x: Tensor) -> None:
 
 
 def _plan(model: Model, measures: Any) -> tuple[list[_Stream], list[str]]:
-    entries, lenient = (measures.entries, True) if hasattr(measures, "entries") else (measures.items(), False)
+    if not hasattr(measures, "entries"):
+        streams, skipped = _streams(model, measures.items(), lenient=False)
+    else:
+        streams, skipped = _streams(model, measures.entries, lenient=True)
+        if not streams and getattr(measures, "fallback", ()):
+            streams, more = _streams(model, measures.fallback, lenient=True)
+            skipped += more
+    if not streams:
+        raise MeasureError("nothing to measure: " + ("; ".join(skipped) or "no measure was given"))
+    return streams, skipped
+
+
+def _streams(model: Model, entries: Iterable[tuple[Any, Any]], lenient: bool) -> tuple[list[_Stream], list[str]]:
+    """One stream for each measure and stack of sites; what does not fit is told (`lenient`) or raised."""
     streams: list[_Stream] = []
     skipped: list[str] = []
-    for patterns, chosen in entries:
+    for patterns, wanted in entries:
+        patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         try:
-            sites = _match(model, (patterns,) if isinstance(patterns, str) else tuple(patterns))
+            sites = _match(model, patterns)
         except SiteError as error:
             if not lenient:
                 raise
-            skipped.append(f"{patterns}: {error}")
+            skipped.append(f"{', '.join(patterns)}: {error}")
             continue
-        for one in [chosen] if not isinstance(chosen, (list, tuple)) else chosen:
-            one = one() if isinstance(one, type) or not isinstance(one, Measure) else one
+        for one in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
+            one = one if isinstance(one, Measure) else one()
             for group in _groups(sites, one.layout):
                 reason = one.fits(group[0]) or _misfit(one, group[0])
                 if reason is None:
@@ -174,8 +188,6 @@ def _plan(model: Model, measures: Any) -> tuple[list[_Stream], list[str]]:
                     skipped.append(f"{type(one).__name__} at {group[0].local}: {reason}")
                 else:
                     raise MeasureError(f"{type(one).__name__} does not fit {group[0].name}: {reason}")
-    if not streams:
-        raise MeasureError("nothing to measure: " + ("; ".join(skipped) or "no measure was given"))
     return streams, skipped
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.measure import Measure, Reduction, ratio
+from ..core.measure import Measure, Reduction, ratio, wide
 
 
 class Voids(Measure):
@@ -51,8 +51,8 @@ class Voids(Measure):
         self.alpha = alpha
 
     def prepare(self, x: Tensor, previous: Tensor | None) -> Tensor:
-        """The norms of the tokens, (1, batch, pos), in float32."""
-        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)[None]
+        """The norms of the tokens, (1, batch, pos), in float32 or better."""
+        return torch.linalg.vector_norm(wide(x), dim=-1)[None]
 
     def statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """tokens: (layer + 1) and used: (layer + 1), counts; from norms (layer + 1, 1, batch, pos)."""

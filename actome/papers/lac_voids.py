@@ -52,9 +52,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     }
     control = {
         "distance_between_halves_of_the_prompts_95_percent": float(null.quantile(0.95)),
-        "distance_prompt_true_continuation": float(
-            (prompt - used_layers(read_LBT[..., PROMPT:], ALPHA)).abs().sum()
-        ),
+        "distance_prompt_true_continuation": float((prompt - used_layers(read_LBT[..., PROMPT:], ALPHA)).abs().sum()),
         "share_of_layers_used_untrained": _overall(used_layers(_norms(demo(0).record(text_BT, SITES)), ALPHA)),
     }
     checks = {

@@ -127,7 +127,9 @@ def find(slug: str) -> Entry:
             if entry.number == int(slug):
                 return entry
     if slug not in _MODULES:
-        raise PaperError(f"there is no paper {slug!r}{nearest(slug, _MODULES) or '; there are: ' + ', '.join(_MODULES)}")
+        raise PaperError(
+            f"there is no paper {slug!r}{nearest(slug, _MODULES) or '; there are: ' + ', '.join(_MODULES)}"
+        )
     return importlib.import_module(f"actome.papers.{_MODULES[slug]}").ENTRY
 
 

@@ -17,7 +17,7 @@ from actome.report.scan import Scan
 from actome.report.words import WORDS, Word, kind_of, word
 
 # A span of values wider than this is drawn on a logarithmic axis.
-_WIDE_SPAN = 30
+_WIDE_SPAN = 12
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,31 @@ def profile(rows: pd.DataFrame, name: Word) -> dict[str, Any]:
     """
     finite = rows["value"].dropna()
     logarithmic = name.look == "ratio" and finite.min() > 0 and finite.max() / finite.min() > _WIDE_SPAN
-    one_kind = rows["kind"].nunique() == 1
-    scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=True, nice=True)
-    number = ".0%" if name.look == "share" else "~s" if logarithmic else "~g"
+    # A share that is zero throughout would have an axis without a size.
+    top = {"domainMax": 0.1} if name.look == "share" and finite.max() < 0.1 else {}
+    scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=True, nice=True, **top)
+    labels: dict[str, Any] = {"format": ".0%" if name.look == "share" else ",~f"}
+    if logarithmic:
+        # Whole powers as people write them, up to where that gets long.
+        labels = {"labelExpr": "datum.value >= 1e6 ? format(datum.value, '.0e') : format(datum.value, ',~r')"}
+    if name.look == "count":
+        labels["tickMinStep"] = 1
+    # The residual stream keeps its colour in every figure.
+    kinds = sorted(rows["kind"].unique(), key=lambda kind: not kind.endswith("resid.post"))
     base = alt.Chart(_clean(rows)).encode(
-        alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d", grid=False), scale=alt.Scale(nice=False, padding=12)),
-        alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(format=number, tickCount=4)),
-        alt.Color("kind:N", title=None, legend=None if one_kind else alt.Legend(orient="top", symbolType="circle")),
+        alt.X(
+            "layer:Q",
+            title="layer",
+            axis=alt.Axis(tickMinStep=1, format="d", grid=False),
+            scale=alt.Scale(nice=False, padding=12),
+        ),
+        alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, **labels)),
+        alt.Color(
+            "kind:N",
+            title=None,
+            sort=kinds,
+            legend=alt.Legend(orient="top", symbolType="circle") if len(kinds) > 1 else None,
+        ),
         tooltip=[
             alt.Tooltip("site:N"),
             alt.Tooltip("value:Q", title=name.title, format=".2%" if name.look == "share" else ".4~g"),
@@ -108,8 +126,13 @@ def heads_map(rows: pd.DataFrame, name: Word) -> dict[str, Any]:
             alt.Color(
                 "value:Q",
                 title=None,
-                scale=alt.Scale(domain=[low, high], nice=False),
-                legend=alt.Legend(orient="right", gradientLength=alt.expr(f"min({heads * step}, 160)"), gradientThickness=10, tickCount=3),
+                scale=alt.Scale(domain=[low, high], nice=False, interpolate="lab"),
+                legend=alt.Legend(
+                    orient="right",
+                    gradientLength=alt.expr(f"min({heads * step}, 160)"),
+                    gradientThickness=10,
+                    tickCount=3,
+                ),
             ),
             tooltip=[
                 alt.Tooltip("layer:O"),
@@ -130,7 +153,9 @@ def _by_depth(rows: pd.DataFrame) -> pd.DataFrame:
     before = rows["kind"].str.endswith("resid.pre") & (rows["layer"] == 0)
     after = rows["kind"].str.replace("resid.pre", "resid.post")
     paired = before & after.isin(rows["kind"])
-    return rows.assign(layer=rows["layer"].where(~paired, -1), kind=rows["kind"].where(~paired, after))
+    rows = rows.assign(layer=rows["layer"].where(~paired, -1), kind=rows["kind"].where(~paired, after))
+    # What compares a block with the stream before it has no value before the first.
+    return rows[(rows["layer"] >= 0) | rows["value"].notna()]
 
 
 def _clean(rows: pd.DataFrame) -> pd.DataFrame:

@@ -16,9 +16,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from actome import __version__
+from actome.measures.findings import Finding
 from actome.report.figures import Figure, figures
 from actome.report.scan import Scan
-from actome.report.words import kind_of, place_of, word
+from actome.report.words import grouped, kind_of, place_of, word
 
 _SECTIONS = {
     "depth": ("Through the layers", "Layer -1 is the stream before the first block. Hover for the site and its value."),
@@ -33,14 +34,16 @@ def page(scan: Scan) -> str:
         HTML of about a megabyte, nearly all of it the drawing library; it loads nothing.
     """
     drawn = figures(scan)
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html"))
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        _asset("page.html")
+    )
     return template.render(
         version=__version__,
         model=scan.model,
         facts=_facts(scan.model),
         read=_read(scan),
         tiles=_tiles(scan),
-        findings=[_finding(finding) for finding in scan.findings],
+        findings=[_findings(group) for group in grouped(scan.findings)],
         sections=_sections(drawn),
         tables=_tables(scan.frame),
         skipped=scan.skipped,
@@ -99,19 +102,25 @@ def _tiles(scan: Scan) -> list[dict[str, str]]:
     return [*tiles, *([{"name": "Seconds", "value": f"{seconds:.1f}", "tone": ""}] if seconds is not None else [])]
 
 
-def _finding(finding: Any) -> dict[str, Any]:
-    evidence = [
-        (word(name).title.lower(), word(name).show(x) if isinstance(x, int | float) else str(x))
-        for name, x in finding.evidence.items()
+def _findings(group: list[Finding]) -> dict[str, Any]:
+    first = group[0]
+    places = [
+        {
+            "site": finding.site,
+            "place": place_of(finding.where),
+            "evidence": [
+                (name.replace("_", " "), word(name).show(x) if isinstance(x, int | float) else str(x))
+                for name, x in finding.evidence.items()
+            ],
+        }
+        for finding in group
     ]
     return {
-        "id": finding.id,
-        "severity": finding.severity,
-        "site": finding.site,
-        "place": place_of(finding.where),
-        "evidence": evidence,
-        "advice": finding.advice,
-        "source": finding.source,
+        "id": first.id,
+        "severity": first.severity,
+        "places": places,
+        "advice": first.advice,
+        "source": first.source,
     }
 
 

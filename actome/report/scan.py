@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from actome.core.model import Model
 
-SHIPPED_TEXT = "manual and standard library of Python, held-out part"
+SHIPPED_TEXT = "held-out manual and library source of Python"
+_MOST_UNITS = 100
 _COLUMNS = ["site", *PLACES, "measure", "value"]
 
 
@@ -40,7 +41,8 @@ class Scan:
         text: facts about the text: source, context, and in `counts` how much of it was read.
         run: panel, seconds, time of day and versions of what ran.
         frame: one row for each number: site, layer, head, unit, expert (missing where they do not apply), measure,
-            value. Of single units only those that a finding names have rows; a model may have a million others.
+            value. Of single units only those that a finding names have rows, a hundred a finding at most; a model may
+            have a million others.
         findings: what stands out, the most severe first.
         skipped: what the panel measures and this model has no place for, with the reason.
     """
@@ -192,7 +194,7 @@ def _shown(frame: pd.DataFrame, found: list[Finding]) -> pd.DataFrame:
     """The rows without a unit, and those of units that a finding names."""
     frame = frame.reindex(columns=_COLUMNS)
     named = pd.DataFrame(
-        [(site, unit) for one in found for site, unit in one.units()], columns=["site", "unit"]
+        [place for one in found for place in one.units()[:_MOST_UNITS]], columns=["site", "unit"]
     ).drop_duplicates()
     units = frame[frame["unit"].notna()].merge(named.astype({"unit": "Int64"}), on=["site", "unit"])
     return _typed(pd.concat([frame[frame["unit"].isna()], units], ignore_index=True))
@@ -243,7 +245,6 @@ def _write(path: str | Path, content: str) -> Path:
     part = path.with_name(path.name + ".part")
     part.write_text(content, encoding="utf-8")
     return part.replace(path)
-
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actome.report.scan import Scan
-from actome.report.words import evidence_of, kind_of, place_of, word
+from actome.report.words import evidence_of, grouped, kind_of, place_of, word
 
 _STYLE = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 _MARK = {"critical": "✖", "warning": "▲", "info": "●"}
@@ -41,6 +41,16 @@ def print_scan(scan: Scan, console: Console | None = None) -> None:
         console: where to; the terminal by default.
     """
     console = console or Console()
+    if not console.is_terminal:
+        # Padding to the full width is of no use in a file.
+        with console.capture() as caught:
+            _print(scan, console)
+        console.file.write("\n".join(line.rstrip() for line in caught.get().split("\n")))
+    else:
+        _print(scan, console)
+
+
+def _print(scan: Scan, console: Console) -> None:
     console.print(_header(scan))
     console.print(_findings(scan))
     for stack in _stacks(scan.frame):
@@ -81,17 +91,19 @@ def _header(scan: Scan) -> Group:
 def _findings(scan: Scan) -> Group:
     if not scan.findings:
         return Group(Text("Nothing stands out.", style="green"), Text(""))
-    lines = []
-    for finding in scan.findings:
-        style = _STYLE[finding.severity]
-        place = ", ".join(filter(None, [finding.site, place_of(finding.where)]))
-        head = Text.assemble((f"{_MARK[finding.severity]} {finding.severity:<8} ", style), (finding.id, "bold"))
-        lines += [
-            Text.assemble(head, f"  {place}"),
-            Padding(Text(evidence_of(finding.evidence)), (0, 0, 0, 2)),
-            Padding(Text(f"{finding.advice} [{finding.source}]", style="dim"), (0, 0, 1, 2)),
-        ]
+    lines: list[Text | Padding] = []
+    for group in grouped(scan.findings):
+        first, style = group[0], _STYLE[group[0].severity]
+        lines.append(Text.assemble((f"{_MARK[first.severity]} {first.severity:<8} ", style), (first.id, "bold")))
+        for finding in group:
+            place = Text.assemble(finding.site, (f"  {place_of(finding.where)}", "dim"))
+            lines += [_indented(place), _indented(Text(evidence_of(finding.evidence)), 4)]
+        lines += [_indented(Text(f"{first.advice} [{first.source}]", style="dim")), Text("")]
     return Group(*lines)
+
+
+def _indented(text: Text, by: int = 2) -> Padding:
+    return Padding(text, (0, 0, 0, by), expand=False)
 
 
 def _layers(scan: Scan, stack: str, console: Console) -> Group | None:
@@ -121,7 +133,10 @@ def _layers(scan: Scan, stack: str, console: Console) -> Group | None:
         bars = [_bar(values.get(layer, math.nan), top, 6, console) if bar else "" for layer in shown]
         digits = max(map(len, numbers))
         cells.append(
-            [Text.assemble(n.rjust(digits), (f"  {b}" if b else "", "cyan")) for n, b in zip(numbers, bars, strict=True)]
+            [
+                Text.assemble(n.rjust(digits), (f"  {b}" if b else "", "cyan"))
+                for n, b in zip(numbers, bars, strict=True)
+            ]
         )
     for i, layer in enumerate(shown):
         table.add_row(str(layer), *(column[i] for column in cells))

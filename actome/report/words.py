@@ -8,9 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-Look = Literal["number", "share", "ratio", "index"]
+if TYPE_CHECKING:
+    from actome.measures.findings import Finding
+
+Look = Literal["number", "share", "ratio", "count", "index"]
+
+_MOST_SPANS = 6
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Word:
     Attributes:
         title: for people.
         says: what it is, in one sentence.
-        look: a plain number, a share between 0 and 1, a ratio that spans orders of magnitude, or an index.
+        look: a plain number, a share between 0 and 1, a ratio that may span orders of magnitude, a count, or an index.
         short: heading of a narrow column.
         drawn: whether it gets a figure of its own.
         signed: whether it has a meaning below zero as well, so that colours go both ways from zero.
@@ -37,7 +42,7 @@ class Word:
         """The value for people: a share in percent, large and small numbers with three digits.
 
         >>> Word("Dead units", "", "share").show(0.0312), Word("RMS", "").show(12345.6), Word("x", "").show(math.nan)
-        ('3.1 %', '1.23e+04', '–')
+        ('3.1 %', '12,300', '–')
         """
         if value is None or math.isnan(value):
             return "–"
@@ -47,7 +52,7 @@ class Word:
             return f"{value:.1%}".replace("%", " %") if 0 < abs(value) < 0.1 else f"{value:.0%}".replace("%", " %")
         if self.look == "index" or (value == int(value) and abs(value) < 1e4):
             return f"{value:.0f}"
-        return f"{value:.3g}"
+        return f"{float(f'{value:.3g}'):,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 WORDS = {
@@ -59,7 +64,7 @@ WORDS = {
     "massive_ratio": Word("Massive activations", "Largest activation of a sequence over the median one.", "ratio", "max/med"),
     "massive_unit": Word("Unit of the maximum", "The unit that carries most maxima.", "index", drawn=False),
     "massive_position": Word("Position of the maximum", "The position of most maxima.", "index", drawn=False),
-    "outlier_channels": Word("Outlier channels", "Units that stand out at 6 % of tokens or more.", short="outliers"),
+    "outlier_channels": Word("Outlier channels", "Units that stand out at 6 % of tokens or more.", "count", "outliers"),
     "outlier_energy": Word("Energy in outliers", "Share of a token's squared norm in those units.", "share", drawn=False),
     "effective_rank": Word("Effective rank", "Exponential of the entropy of the singular values.", short="rank", drawn=False),
     "effective_rank_share": Word("Effective rank", "Directions in use, over those that there are.", "share", "rank"),
@@ -90,18 +95,30 @@ def word(measure: str) -> Word:
 
 
 def place_of(where: Mapping[str, Sequence[int]]) -> str:
-    """Where a finding is, in words; runs of neighbours written short.
+    """Where a finding is, in words; runs of neighbours written short, and long lists by their beginning.
 
     >>> place_of({"layers": [3], "heads": [0, 1, 2, 5]})
     'layer 3, heads 0-2, 5'
+    >>> place_of({"units": range(0, 400, 2)})
+    '200 units (0, 2, 4, 6, 8, 10, ...)'
     """
-    return ", ".join(
-        f"{name.removesuffix('s') if len(numbers) == 1 else name} {spans(numbers)}" for name, numbers in where.items()
-    )
+    return ", ".join(_place(name, numbers) for name, numbers in where.items())
+
+
+def _place(name: str, numbers: Sequence[int]) -> str:
+    written = spans(numbers)
+    parts = written.split(", ")
+    if len(parts) > _MOST_SPANS:
+        return f"{len(numbers)} {name} ({', '.join(parts[:_MOST_SPANS])}, ...)"
+    return f"{name.removesuffix('s') if len(numbers) == 1 else name} {written}"
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Whole numbers with runs of neighbours written short: ``0-2, 5``."""
+    """Whole numbers with runs of neighbours written short.
+
+    >>> spans([5, 0, 1, 2])
+    '0-2, 5'
+    """
     runs: list[list[int]] = []
     for n in sorted(numbers):
         if runs and n == runs[-1][1] + 1:
@@ -109,6 +126,14 @@ def spans(numbers: Iterable[int]) -> str:
         else:
             runs.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def grouped(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Findings of one kind and severity together, so that their advice need be read only once; order is kept."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.id), []).append(finding)
+    return list(groups.values())
 
 
 def evidence_of(evidence: Mapping[str, Any]) -> str:
