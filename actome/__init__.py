@@ -7,12 +7,14 @@ statistics, `clamp` changes them on their way through.
 
     model = ac.demo()                                   # or ac.load("path/or/hub-id"), or ac.wrap(any_module)
     recording = model.record("The cat sat on", "blocks.*.resid.post")
-    table = model.measure(ac.Text("notes.txt", model.tokenizer), panel="health")
+    table = model.measure("The cat sat on", ac.measures.PANELS["health"])
     with model.clamp(ac.Scale("blocks.1.mlp.out", 0.0)):
         print(model.generate("def main(", max_new_tokens=20))
 
 Names are imported when they are first used, so `import actome` loads neither torch nor transformers.
 """
+
+# ruff: noqa: F401 - what is imported for type checkers is given out by __getattr__
 
 from __future__ import annotations
 
@@ -62,9 +64,9 @@ if TYPE_CHECKING:
         SiteError,
         TextError,
     )
-    from actome.core.measure import Measure
     from actome.core.generate import Generation
     from actome.core.load import load, wrap
+    from actome.core.measure import Measure
     from actome.core.model import Model
     from actome.core.recording import Recording
     from actome.core.sites import Site

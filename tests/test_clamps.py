@@ -244,9 +244,7 @@ def test_gradients_reach_a_steering_vector_and_the_weights(ids):
     assert float(model.module.model.layers[0].self_attn.q_proj.weight.grad.norm()) > 0
     # A finite difference along a random direction says the same.
     step = 1e-2 * vector / vector.norm()
-    ahead, behind = (
-        _loss(model, ids, ac.Add(SITE, sign * step, positions=2)) for sign in (1.0, -1.0)
-    )
+    ahead, behind = (_loss(model, ids, ac.Add(SITE, sign * step, positions=2)) for sign in (1.0, -1.0))
     torch.testing.assert_close((ahead - behind) / 2, steer.grad @ step, rtol=0.05, atol=1e-5)
 
 

@@ -155,7 +155,7 @@ def text(tokenizer, n: int = 40, **options) -> ac.Text:
 def test_streaming_to_disk_equals_recording_row_by_row(model, tokenizer, tmp_path):
     rec = model.record(text(tokenizer), [SITE, "blocks.0.attn.pattern"], out=tmp_path / "r")
     flat = rec.flat(SITE)
-    rows = [batch for batch in text(tokenizer)]
+    rows = list(text(tokenizer))
     wanted = []
     for batch in rows:
         for i in range(len(batch.ids)):
@@ -183,7 +183,7 @@ def test_an_interrupted_recording_stays_readable_and_goes_on(model, tokenizer, t
     with pytest.raises(KeyboardInterrupt):
         model.record(text(tokenizer), SITE, out=tmp_path / "r", progress=stop)
     part = ac.Recording.open(tmp_path / "r")
-    assert 0 < part.n_tokens
+    assert part.n_tokens > 0
     with pytest.raises(ac.RecordingError, match="resume"):
         model.record(text(tokenizer), SITE, out=tmp_path / "r")
     whole = model.record(text(tokenizer), SITE, out=tmp_path / "r", resume=True)
@@ -193,9 +193,7 @@ def test_an_interrupted_recording_stays_readable_and_goes_on(model, tokenizer, t
 
 
 def test_any_module_has_the_sites_of_its_modules():
-    net = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5)
-    )
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5))
     model = ac.wrap(net)
     x = torch.randn(7, 3, 8, 8)
     rec = model.record(x, ["module:{0,1}", "module:3@in"])

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.clamp import Clamp, Place
+from ..core.clamp import Clamp
+from ..core.clamping import Place
 from ..core.errors import ClampError
 from ..core.recording import Recording
 
@@ -65,11 +66,15 @@ class Ablate(Clamp):
 
     def _reference(self, x: Tensor, place: Place) -> Tensor:
         if place.dims[:2] != ("batch", "pos"):
-            raise ClampError(f"{place.site.name} has dims {', '.join(place.dims)}; a source serves sites by position only")
+            raise ClampError(
+                f"{place.site.name} has dims {', '.join(place.dims)}; a source serves sites by position only"
+            )
         rows = self.source.flat(place.site.name) if isinstance(self.source, Recording) else self.source
         rows = place.select(rows.to(x.device)[None])[0]
         if rows.shape[1:] != x.shape[2:] or not len(rows):
-            raise ClampError(f"{place.site.name}: source has features {tuple(rows.shape[1:])}, the site {tuple(x.shape[2:])}")
+            raise ClampError(
+                f"{place.site.name}: source has features {tuple(rows.shape[1:])}, the site {tuple(x.shape[2:])}"
+            )
         return rows.float()
 
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.clamp import Clamp, Place
+from ..core.clamp import Clamp
+from ..core.clamping import Place
 from ..core.errors import ClampError
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.clamp import Clamp, Place
+from ..core.clamp import Clamp
+from ..core.clamping import Place
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,5 +80,7 @@ class Mask(Clamp):
     def transform(self, x: Tensor, place: Place) -> Tensor:
         keep = place.fit(self.keep, x, "keep")
         keep = keep.bool() if isinstance(keep, Tensor) else x.new_full((), bool(keep)).bool()
-        fill = x.new_full((), -1e30 if x.dtype.itemsize > 2 else -6e4) if "scores" in place.site.name else x.new_zeros(())
+        fill = (
+            x.new_full((), -1e30 if x.dtype.itemsize > 2 else -6e4) if "scores" in place.site.name else x.new_zeros(())
+        )
         return x.where(keep, fill)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.clamp import Clamp, Place
+from ..core.clamp import Clamp
+from ..core.clamping import Place
 from ..core.errors import ClampError
 from ..core.recording import Recording
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.clamp import Clamp, Place
+from ..core.clamp import Clamp
+from ..core.clamping import Place
 from ..core.errors import ClampError
 
 
@@ -44,7 +45,8 @@ class Project(Clamp):
     def transform(self, x: Tensor, place: Place) -> Tensor:
         if self.basis.shape[-1] != x.shape[-1]:
             raise ClampError(
-                f"{place.site.name}: the basis has width {self.basis.shape[-1]}, the site {x.shape[-1]} ({place.dims[-1]})"
+                f"{place.site.name}: the basis has width {self.basis.shape[-1]}, "
+                f"the site {x.shape[-1]} ({place.dims[-1]})"
             )
         basis = self.basis.to(x.device)
         inside = ((x.float() @ basis.T) @ basis).to(x.dtype)

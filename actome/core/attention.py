@@ -293,7 +293,7 @@ def _install_dispatchers() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
 
     for name in [*registry, "eager"]:
-        original = registry[name] if name in registry else None
+        original = registry.get(name, None)
         _REPLACED[name] = registry._local_mapping.get(name, _NOTHING)
         registry[name] = _dispatcher(name, original)
 

@@ -137,7 +137,9 @@ def check_safetensors(path: Path) -> None:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > size - 8:
-            raise LoadError(f"{path} is truncated or no safetensors file: {size} bytes, its header alone needs {length + 8}")
+            raise LoadError(
+                f"{path} is truncated or no safetensors file: {size} bytes, its header alone needs {length + 8}"
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -145,7 +147,9 @@ def check_safetensors(path: Path) -> None:
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     wanted = 8 + length + max(ends, default=0)
     if size != wanted:
-        raise LoadError(f"{path} is {'truncated' if size < wanted else 'corrupt'}: {size} bytes, its header says {wanted}")
+        raise LoadError(
+            f"{path} is {'truncated' if size < wanted else 'corrupt'}: {size} bytes, its header says {wanted}"
+        )
 
 
 def _dtype(dtype: str | torch.dtype | None) -> Any:
@@ -172,7 +176,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
 def _tokenizer(transformers: Any, place: str, common: dict[str, Any]) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(place, **common)
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, the model still takes ids; text says what is missing
+    except Exception:
         return None
 
 
@@ -180,8 +184,8 @@ def _explain(place: str, local: bool, error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return f"{place} comes with code of its own; pass trust_remote_code=True (--trust-remote-code) if you trust it"
-    if "safetensors" in text and "use_safetensors" in text or "does not appear to have a file named" in text:
-        return f"{place} has no safetensors weights; pass allow_pickle=True (--allow-pickle) to read others if you trust them"
+    if ("safetensors" in text and "use_safetensors" in text) or "does not appear to have a file named" in text:
+        return f"{place} has no safetensors; pass allow_pickle=True (--allow-pickle) to read others if you trust them"
     reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if local:
         return f"cannot load {place}: {reason}"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .clamp import ActiveClamp, Clamp, ClampContext, When
+from .clamp import Clamp, When
+from .clamping import ActiveClamp, ClampContext
 from .errors import SiteError, TextError, nearest
 from .families import family_of
 from .plain import module_sites
@@ -121,7 +122,11 @@ class Model:
             SiteError: nothing matches; names the nearest.
         """
         if pattern is None:
-            return self.table if len(self.table) else SiteTable(module_sites(self.module, f"{MODULE_PREFIX}*", self._plain))
+            return (
+                self.table
+                if len(self.table)
+                else SiteTable(module_sites(self.module, f"{MODULE_PREFIX}*", self._plain))
+            )
         return SiteTable(self.match(pattern))
 
     def match(self, patterns: str | Sequence[str]) -> tuple[Site, ...]:
@@ -259,7 +264,9 @@ class Model:
         elif isinstance(inputs, Tensor):
             # Ids that are already a tensor: the path of every loop, so nothing else is looked at.
             if inputs.dtype not in (torch.int64, torch.int32) or inputs.ndim not in (1, 2) or not inputs.numel():
-                raise TextError(f"token ids are integers of shape (pos) or (batch, pos), not {inputs.dtype} {tuple(inputs.shape)}")
+                raise TextError(
+                    f"token ids are integers of shape (pos) or (batch, pos), not {inputs.dtype} {tuple(inputs.shape)}"
+                )
             ids = inputs if inputs.ndim == 2 else inputs[None]
             return self._text_arguments(ids.to(self.device), None), ids, None
         else:
@@ -318,7 +325,9 @@ class Model:
         (site,) = self.match(when.site)
         order = self.order
         if clamp.site.name in order and site.name in order and order[site.name] >= order[clamp.site.name]:
-            raise SiteError(f"the condition's site {site.name} is reached after {clamp.site.name}; condition on an earlier one")
+            raise SiteError(
+                f"the condition's site {site.name} is reached after {clamp.site.name}; condition on an earlier one"
+            )
 
         def evaluate(x: Tensor) -> None:
             flag = torch.as_tensor(when.test(x))

@@ -100,9 +100,7 @@ class Resolver:
                 return found
         return None
 
-    def points(
-        self, start: nn.Module, local: str, address: str, stack: Stack
-    ) -> Iterable[tuple[str, Point, bool]]:
+    def points(self, start: nn.Module, local: str, address: str, stack: Stack) -> Iterable[tuple[str, Point, bool]]:
         """(local name, point, writable) for an address; nothing when the module is not there."""
         path, _, rest = address.partition("@")
         kind, *modifiers = rest.split("|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -136,10 +137,8 @@ def measure(
         for stream in streams:
             stream.mask, stream.tokens = mask, ids
         with model.tap(taps), torch.no_grad():
-            try:
+            with contextlib.suppress(StopForward):
                 model.module(**arguments)
-            except StopForward:
-                pass
             for stream in streams:
                 stream.finish_batch()
         done += 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
@@ -271,7 +270,9 @@ def fitting(mask: Tensor | None, x: Tensor, layout: str) -> Tensor | None:
     return mask if tuple(mask.shape) == wanted else None
 
 
-def batches(model: Model, inputs: Any, batch_size: int) -> Iterator[tuple[dict[str, Any], Tensor | None, Tensor | None]]:
+def batches(
+    model: Model, inputs: Any, batch_size: int
+) -> Iterator[tuple[dict[str, Any], Tensor | None, Tensor | None]]:
     """(forward arguments, ids, mask) for every batch of whatever is given."""
     from .text import Text
 
@@ -286,4 +287,6 @@ def batches(model: Model, inputs: Any, batch_size: int) -> Iterator[tuple[dict[s
     if not isinstance(inputs, Iterable):
         raise TextError(f"measure() takes text, ids or an iterable of batches, not {type(inputs).__name__}")
     for batch in inputs:
-        yield model.arguments(batch[0] if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) else batch)
+        yield model.arguments(
+            batch[0] if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) else batch
+        )

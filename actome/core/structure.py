@@ -66,7 +66,9 @@ def _executed(block: nn.Module, root: nn.Module, inputs: dict[str, Any]) -> list
         for path, module in block.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D")
     ]
-    handles.append(block.register_forward_pre_hook(lambda m, a, k: width.append(_first(a, k).shape[-1]), with_kwargs=True))
+    handles.append(
+        block.register_forward_pre_hook(lambda m, a, k: width.append(_first(a, k).shape[-1]), with_kwargs=True)
+    )
     try:
         with evaluating(root), torch.no_grad():
             root(**inputs)

@@ -18,7 +18,7 @@ Tap = Callable[[Tensor], Tensor | None]
 Kind = Literal["write", "read", "keep"]
 
 
-class StopForward(Exception):  # noqa: N818 - a signal, not an error
+class StopForward(Exception):
     """Raised by the last tap of a forward that nobody needs to finish."""
 
 

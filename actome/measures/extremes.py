@@ -21,7 +21,8 @@ class MassiveActivations(Measure):
 
     - ``massive_ratio``: :math:`\sum_x \max |h_x| \,/\, \sum_x \mathrm{median} |h_x|`, maximum and median over all
       positions and units of one sequence (of an even number of entries the lower median, as in `torch.median`)
-    - ``massive_unit``, ``massive_position``: the unit and the position that carry the most maxima
+    - ``massive_unit``, ``massive_position``: the unit and the position that carry the most maxima; no position (NaN)
+      when most lie beyond those that are told apart
     - ``massive_unit_share`` for each unit, ``massive_position_share`` for each position: share of sequences whose
       maximum sits there. Positions count from the first real token; those from `positions` on share the last entry.
 
@@ -97,10 +98,11 @@ class MassiveActivations(Measure):
         """See the class."""
         sequences = stats["sequences"]
         units, places = stats["units"], stats["places"]
+        position = places.argmax(-1)
         return {
             "massive_ratio": ratio(stats["largest"], stats["median"]),
             "massive_unit": double(units.argmax(-1)).where(sequences > 0, torch.nan),
-            "massive_position": double(places.argmax(-1)).where(sequences > 0, torch.nan),
+            "massive_position": double(position).where((sequences > 0) & (position < self.positions), torch.nan),
             "massive_unit_share": ratio(units, sequences[..., None]),
             "massive_position_share": ratio(places, sequences[..., None]),
         }

@@ -13,8 +13,9 @@ from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens
 from ..core.sites import STREAM_DIMS, Site
 
-# Second moments are made of float32 products: eigenvalues below this share of the largest are their rounding.
-_ROUNDING = 1e-7
+# Eigenvalues below this share of the scatter around the mean are the rounding of the float32 products it is made of;
+# below the other share of everything, that of float64.
+_ROUNDING, _ROUNDING_DOUBLE = 1e-7, 1e-13
 
 
 class EffectiveRank(Measure):
@@ -26,10 +27,11 @@ class EffectiveRank(Measure):
     - ``effective_rank``: :math:`\exp(-\sum_k p_k \ln p_k)`, between 1 and min(N, U)
     - ``effective_rank_share``: the same divided by min(N, U)
 
-    The singular values come from the second moments :math:`\sum_t x_t x_t^\top`, which are summed exactly (float32
-    within a batch after its mean is taken out, float64 over batches). Singular values below 0.0003 of the largest are
-    rounding and count as 0. Not centred: a large common mean lowers the rank. With fewer tokens than a few times the
-    units, the rank says more of the text than of the site. Tokens with a non-finite unit are left out.
+    The singular values come from the second moments :math:`\sum_t x_t x_t^\top`, to which every token contributes:
+    float32 products within a batch after its mean is taken out, float64 for the mean and over batches. Singular values
+    below 0.0003 of the scatter around the mean are their rounding and count as 0. The matrix is not centred, so a large
+    common mean lowers the rank. With fewer tokens than a few times the units, the rank says more of the text than of
+    the site. Tokens with a non-finite unit are left out.
 
     Args:
         max_width: sites with more units are refused; U units hold U^2 float64 numbers, 134 MB for 4096, and the
@@ -46,7 +48,7 @@ class EffectiveRank(Measure):
         3.0
     """
 
-    reductions: ClassVar[dict[str, Reduction]] = {"tokens": "sum", "moment": "sum"}
+    reductions: ClassVar[dict[str, Reduction]] = {"tokens": "sum", "total": "sum", "moment": "sum"}
     value_dims: ClassVar[dict[str, tuple[str, ...]]] = {"effective_rank": (), "effective_rank_share": ()}
 
     def __init__(self, max_width: int = 4096, **options: object):
@@ -67,47 +69,58 @@ class EffectiveRank(Measure):
         )
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
-        """tokens: (); moment: (unit, unit), summed outer products."""
+        """tokens: (); total: (unit), the sum; moment: (unit, unit), summed outer products."""
         if reason := self._too_wide(x.shape[-1]):
             raise MeasureError(reason)
         kept = real_tokens(x, mask)
         x_NU = kept.x.flatten(0, 1) if kept.keep is None else kept.x[kept.keep]
-        return {"tokens": kept.count, "moment": second_moment(x_NU)}
+        total, moment = moments(x_NU)
+        return {"tokens": kept.count, "total": total, "moment": moment}
 
     def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the class."""
-        rank = effective_rank(stats["moment"]).where(stats["tokens"] > 0, torch.nan)
+        tokens = double(stats["tokens"])
+        rank = effective_rank(stats["moment"], stats["total"], tokens).where(tokens > 0, torch.nan)
         return {
             "effective_rank": rank,
             "effective_rank_share": ratio(rank, stats["tokens"].clamp(max=stats["moment"].shape[-1])),
         }
 
 
-def second_moment(x_NU: Tensor) -> Tensor:
-    """The sum of the outer products of all rows, (unit, unit) in float64, whatever their common mean."""
+def moments(x_NU: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of all rows and of their outer products, (unit) and (unit, unit) in float64, whatever their mean."""
     if not len(x_NU):
-        return double(x_NU.new_zeros(x_NU.shape[1], x_NU.shape[1]))
+        nothing = double(x_NU.new_zeros(x_NU.shape[1]))
+        return nothing, nothing.outer(nothing)
     # A common mean would drown the small directions in its rounding, so float64 takes care of it.
     mean = x_NU.mean(0)
     centred = x_NU - mean
     mean = double(mean) + double(centred.mean(0))
-    return double(_gram(centred)).addr_(mean, mean, alpha=len(x_NU))
+    return mean * len(x_NU), double(_gram(centred)).addr_(mean, mean, alpha=len(x_NU))
 
 
-def effective_rank(moment: Tensor) -> Tensor:
-    """The exponential of the entropy of the singular values, from second moments: (*stack, unit, unit) -> (*stack).
+def effective_rank(moment: Tensor, total: Tensor, tokens: Tensor) -> Tensor:
+    """The exponential of the entropy of the singular values.
 
-    >>> round(float(effective_rank(torch.diag(torch.tensor([4.0, 4.0, 0.0], dtype=torch.float64)))), 4)
+    Args:
+        moment: (*stack, unit, unit), summed outer products.
+        total: (*stack, unit), the sum of the tokens.
+        tokens: (*stack), how many.
+
+    >>> x = torch.tensor([[2.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    >>> round(float(effective_rank(x.T @ x, x.sum(0), torch.tensor(2.0))), 4)
     2.0
     """
     # An overflow would make the decomposition fail; its rank is unknown.
     known = moment.isfinite().all(-1).all(-1)
-    moment = double(moment.where(known[..., None, None], 0.0))
-    eigenvalues = torch.linalg.eigvalsh(moment if moment.device.type != "mps" else moment.cpu()).clamp_min(0)
-    eigenvalues = eigenvalues.where(eigenvalues > _ROUNDING * eigenvalues.amax(-1, keepdim=True), 0.0)
-    singular = eigenvalues.sqrt()
+    moment = double(moment).where(known[..., None, None], 0.0)
+    mean = total / tokens[..., None].clamp_min(1)
+    scatter = torch.linalg.matrix_norm(moment - total[..., :, None] * mean[..., None, :])[..., None]
+    eigenvalues = torch.linalg.eigvalsh(moment if moment.device.type != "mps" else moment.cpu()).to(moment.device)
+    floor = torch.maximum(_ROUNDING * scatter, _ROUNDING_DOUBLE * eigenvalues.amax(-1, keepdim=True))
+    singular = eigenvalues.where(eigenvalues > floor, 0.0).sqrt()
     share = singular / singular.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1).exp().to(known.device).where(known, torch.nan)
+    return torch.special.entr(share).sum(-1).exp().where(known, torch.nan)
 
 
 def _gram(x_NU: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actome.core.load import wrap
-from actome.measures.attention import SinkScore
+from actome.measures import SinkScore
 from actome.papers.registry import Entry, Scale
 from actome.tasks.backcopy import Backcopy
 from actome.tasks.tiny import Tiny, TinyConfig, loss, train

@@ -10,13 +10,14 @@ the difference is the position's doing and not the generation's.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from actome.core.text import Text
-from actome.measures.voids import Voids
+from actome.measures import Voids
 from actome.papers.registry import Entry, Scale
 from actome.tasks.corpus import documents
 from actome.tasks.demo import demo
@@ -57,7 +58,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     }
     checks = {
         "the share of layers used falls as alpha grows": all(
-            later <= earlier for earlier, later in zip(sweep, sweep[1:], strict=False)
+            later <= earlier for earlier, later in itertools.pairwise(sweep)
         )
         and sweep[-1] < sweep[0],
         "prompt and generated tokens differ more than 95 % of random halves of the prompts do": distance
@@ -105,7 +106,7 @@ ENTRY = Entry(
     slug="lac-voids",
     title="Void in Language Models",
     kind="measure",
-    home="actome.measures.voids.Voids",
+    home="actome.measures.Voids",
     claim="The share of layers used falls monotonically in alpha, and at alpha = 0.8 prompt and generated tokens use "
     "the layers in other shares than random halves of the prompts do (L1 distance, 95 % of halves).",
     test=test,

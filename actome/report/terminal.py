@@ -112,7 +112,7 @@ def _layers(scan: Scan, stack: str, console: Console) -> Group | None:
         rows = scan.values(measure, "layer")
         rows = rows[rows["site"].map(kind_of) == f"{stack} {kind}".strip()]
         if len(rows):
-            columns.append((measure, kind, bar, dict(zip(rows["layer"], rows["value"], strict=True))))
+            columns.append((measure, bar, dict(zip(rows["layer"], rows["value"], strict=True))))
     if not columns:
         return None
     layers = sorted({layer for *_, values in columns for layer in values})
@@ -121,7 +121,7 @@ def _layers(scan: Scan, stack: str, console: Console) -> Group | None:
     table.add_column("layer", justify="right")
     cells: list[list[Text]] = []
     room = console.width - 7
-    for measure, kind, bar, values in columns:
+    for measure, bar, values in columns:
         numbers = [word(measure).show(values.get(layer, math.nan)) for layer in shown]
         heading = word(measure).short or measure
         width = max(len(heading), max(map(len, numbers))) + (8 if bar else 0) + 2

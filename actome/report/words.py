@@ -61,12 +61,18 @@ WORDS = {
     "movement": Word("Movement", "How far a block moves the stream, over the length it had.", "ratio", "moves"),
     "cosine": Word("Direction kept", "Cosine between the stream before and after a block.", "number", drawn=False),
     "used": Word("Layers in use", "Share of tokens for which a block is no void.", "share", "used"),
-    "massive_ratio": Word("Massive activations", "Largest activation of a sequence over the median one.", "ratio", "max/med"),
+    "massive_ratio": Word(
+        "Massive activations", "Largest activation of a sequence over the median one.", "ratio", "max/med"
+    ),
     "massive_unit": Word("Unit of the maximum", "The unit that carries most maxima.", "index", drawn=False),
     "massive_position": Word("Position of the maximum", "The position of most maxima.", "index", drawn=False),
     "outlier_channels": Word("Outlier channels", "Units that stand out at 6 % of tokens or more.", "count", "outliers"),
-    "outlier_energy": Word("Energy in outliers", "Share of a token's squared norm in those units.", "share", drawn=False),
-    "effective_rank": Word("Effective rank", "Exponential of the entropy of the singular values.", short="rank", drawn=False),
+    "outlier_energy": Word(
+        "Energy in outliers", "Share of a token's squared norm in those units.", "share", drawn=False
+    ),
+    "effective_rank": Word(
+        "Effective rank", "Exponential of the entropy of the singular values.", short="rank", drawn=False
+    ),
     "effective_rank_share": Word("Effective rank", "Directions in use, over those that there are.", "share", "rank"),
     "norm": Word("Norm", "Mean length of the activation vectors.", "ratio", drawn=False),
     "max_abs": Word("Largest activation", "Largest magnitude anywhere in the text.", "ratio", drawn=False),
@@ -86,7 +92,7 @@ WORDS = {
     "log_z": Word("Log of the partition", "Mean log-sum-exp of the logits."),
     "max_logit": Word("Largest logit", "Largest magnitude of any logit."),
     "non_finite_tokens": Word("Tokens not finite", "Tokens whose logits are not finite.", drawn=False),
-}  # fmt: skip
+}
 
 
 def word(measure: str) -> Word:

@@ -1,0 +1,151 @@
+"""The papers registry, its two reproductions at smoke scale, and the world and model that one of them is made of."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from actome.papers import PaperError, entries, find, run
+from actome.papers.lac_voids import used_layers
+from actome.tasks.backcopy import Backcopy
+from actome.tasks.tiny import Tiny, TinyConfig, loss, train
+
+
+def test_entries_are_complete_and_found_by_slug_and_number():
+    for entry in entries():
+        assert find(entry.slug) is entry
+        assert find(str(entry.number)) is entry
+        assert all((entry.title, entry.kind, entry.home, entry.claim, entry.takes))
+        json.dumps(entry.to_dict(), allow_nan=False)
+
+
+def test_unknown_papers_and_scales_are_refused_with_the_nearest():
+    with pytest.raises(PaperError, match="nearest: lac-voids"):
+        find("lac-void")
+    with pytest.raises(PaperError, match="smoke or small"):
+        run("lac-voids", scale="large")
+
+
+@pytest.mark.parametrize("slug", [entry.slug for entry in entries()])
+def test_a_reproduction_measures_against_a_control_and_is_repeatable(slug):
+    first, again = run(slug, seed=3), run(slug, seed=3)
+    assert first.figures == again.figures
+    assert first.control == again.control
+    assert first.held == all(first.checks.values())
+    assert (first.slug, first.seed, first.scale, first.claim) == (slug, 3, "smoke", find(slug).claim)
+    data = first.to_dict()
+    json.dumps(data, allow_nan=False)
+    assert data["held"] is first.held
+    assert math.isfinite(first.seconds)
+
+
+def test_homes_exist():
+    import importlib
+
+    for entry in entries():
+        module, _, name = entry.home.rpartition(".")
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_voids_by_hand():
+    # Growths 2, -1, 1, 3: thresholds 0, 0, 3a, 3a.
+    norms = torch.tensor([1.0, 3.0, 2.0, 3.0, 6.0])[:, None, None]
+    assert used_layers(norms, 0.0).tolist() == [1, 0, 1, 1]
+    assert used_layers(norms, 0.5).tolist() == [1, 0, 0, 1]
+    assert used_layers(norms, 1.0).tolist() == [1, 0, 0, 1]
+
+
+# -- bigram-backcopy --------------------------------------------------------------------------------------------------
+
+
+def test_backcopy_follows_its_rules():
+    world = Backcopy(seed=5)
+    tokens = world.sample(2000, 32, seed=1)
+    trigger = world.is_trigger(tokens)
+    assert bool((tokens[:, 0] == 0).all())
+    assert not bool((tokens[:, 1:] == 0).any())
+    assert torch.equal(tokens[:, 2:][trigger[:, 1:-1]], tokens[:, :-2][trigger[:, 1:-1]])
+    assert torch.equal(tokens, world.sample(2000, 32, seed=1))
+    assert not torch.equal(tokens, world.sample(2000, 32, seed=2))
+    assert not torch.equal(world.table(), Backcopy(seed=6).table())
+
+
+def test_backcopy_bigrams_have_the_frequencies_of_its_table():
+    world = Backcopy(vocab=8, triggers=2, seed=1)
+    tokens = world.sample(20_000, 16, seed=0)
+    counts = torch.zeros(8, 8, dtype=torch.float64)
+    counts.index_put_(
+        (tokens[:, :-1].flatten(), tokens[:, 1:].flatten()),
+        torch.ones(tokens[:, 1:].numel(), dtype=torch.float64),
+        True,
+    )
+    ordinary = [0, *range(3, 8)]
+    # Some 30000 draws a row: the standard error of a frequency is at most 0.003.
+    frequencies = counts[ordinary] / counts[ordinary].sum(1, keepdim=True)
+    assert torch.allclose(frequencies, world.table()[ordinary], atol=0.015)
+
+
+def test_backcopy_floor_is_the_loss_of_the_one_who_knows():
+    world = Backcopy(seed=2)
+    tokens = world.sample(4000, 32, seed=3)
+    table, nats = world.table(), []
+    for t in range(1, 32):
+        before = tokens[:, t - 1]
+        known = world.is_trigger(before)
+        chance = table[before, tokens[:, t]]
+        nats.append(torch.where(known, 0.0, -chance.log()))
+    # Realised surprise against its expectation, over 124000 tokens.
+    assert float(torch.stack(nats).mean()) == pytest.approx(world.floor(tokens), abs=0.01)
+
+
+def test_backcopy_refuses_a_world_without_ordinary_tokens():
+    with pytest.raises(ValueError, match="no two ordinary tokens"):
+        Backcopy(vocab=4, triggers=3)
+
+
+# -- the tiny decoder -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "sigmoid"}, {"key_bias": True}], ids=str)
+def test_tiny_is_causal_and_its_rows_sum_to_what_they_should(options):
+    torch.manual_seed(0)
+    model = Tiny(TinyConfig(vocab=11, d_model=8, heads=2, layers=2, context=10, **options)).eval()
+    seen = []
+    model.blocks[1].attn.pattern.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    tokens = torch.randint(0, 11, (3, 10))
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 11
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[:, :-1], model(changed)[:, :-1])
+    rows = seen[0].sum(-1)
+    assert not bool(seen[0].triu(1).any())
+    if options.get("attention") == "sigmoid":
+        assert bool((rows.max() > 1.5).item())
+    elif options.get("key_bias"):
+        assert bool((rows < 1).all())
+    else:
+        assert torch.allclose(rows, torch.ones_like(rows), atol=1e-6)
+
+
+def test_tiny_softmax_attention_is_the_textbook_one():
+    torch.manual_seed(1)
+    attention = Tiny(TinyConfig(vocab=5, d_model=8, heads=2, context=6)).blocks[0].attn
+    x = torch.randn(2, 6, 8)
+    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=-1))
+    z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.allclose(attention(x), attention.out(z.transpose(1, 2).flatten(-2)), atol=1e-6)
+
+
+def test_tiny_training_learns_and_impossible_configurations_are_refused():
+    world = Backcopy(vocab=12, triggers=2)
+    torch.manual_seed(0)
+    model = Tiny(TinyConfig(vocab=12, d_model=16, context=16))
+    heldout = world.sample(64, 16, seed=9)
+    before = float(loss(model, heldout).detach())
+    train(model, world.sample(32 * 60, 16, seed=1), lr=1e-2)
+    assert float(loss(model, heldout).detach()) < before - 0.3
+    with pytest.raises(ValueError, match="sigmoid"):
+        TinyConfig(vocab=4, attention="sigmoid", key_bias=True)
+    with pytest.raises(ValueError, match="multiple"):
+        TinyConfig(vocab=4, d_model=10, heads=3)
