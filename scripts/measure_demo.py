@@ -57,9 +57,9 @@ def random_repeats(count: int, repeated: bool, seed: int = 0) -> Repeats:
     return Repeats(torch.from_numpy(np.stack(rows)), first, second, lengths)
 
 
-def text_rows(tokenizer: PreTrainedTokenizerFast, kind: str, limit: int) -> Tensor:
-    """Held-out windows (B, T), evenly spaced over the documents, each with the begin token in front."""
-    streams = [tokenizer(document.text, verbose=False).input_ids for document in documents("heldout", kind)]
+def text_rows(tokenizer: PreTrainedTokenizerFast, kind: str, limit: int, split: str = "heldout") -> Tensor:
+    """Windows (B, T) of text, evenly spaced over the documents, each with the begin token in front."""
+    streams = [tokenizer(document.text, verbose=False).input_ids for document in documents(split, kind)]
     stream = torch.tensor([token for ids in streams for token in ids])
     windows = stream[: len(stream) // (CONTEXT - 1) * (CONTEXT - 1)].view(-1, CONTEXT - 1)
     chosen = windows[torch.linspace(0, len(windows) - 1, min(limit, len(windows))).long()]
@@ -165,9 +165,10 @@ def gini(values: Tensor) -> float:
 def layer_health(model: LlamaForCausalLM, text_BT: Tensor) -> list[dict[str, float]]:
     """By layer, on text: how unevenly units are used, and the size and rank of the residual stream after the layer.
 
-    A unit is open on a token where its gate is positive. Massive ratio: largest over median |x|, with and without the
-    first position. Rank: participation ratio of the covariance over tokens, at most the model width.
+    A unit is open on a token where its gate is positive. Massive ratio: largest |x| on begin tokens, and on all others,
+    over the median |x|. Rank: participation ratio of the covariance over the other tokens, at most the model width.
     """
+    begins_BT = text_BT == 0  # at the first position, and inside where a document starts
     layers = model.model.layers
     after = [*layers[1:], model.model.norm]
     seams = [layer.mlp.down_proj for layer in layers] + [layer.mlp.gate_proj for layer in layers] + after
@@ -178,15 +179,15 @@ def layer_health(model: LlamaForCausalLM, text_BT: Tensor) -> list[dict[str, flo
     for layer, (act_BTF,), (into_BTD,), (resid_BTD,) in zip(layers, acts, gate_inputs, resids, strict=True):
         size_F = act_BTF.flatten(0, 1).abs().mean(0)
         open_F = (layer.mlp.gate_proj(into_BTD) > 0).float().flatten(0, 1).mean(0)
-        spread_D = torch.linalg.eigvalsh(resid_BTD[:, 1:].flatten(0, 1).T.cov())
+        spread_D = torch.linalg.eigvalsh(resid_BTD[~begins_BT].T.cov())
         health.append(
             {
                 "gini_of_mean_abs_act": gini(size_F),
                 "mean_abs_act_quantiles": size_F.quantile(torch.tensor([0, 0.1, 0.5, 0.9, 1.0])).tolist(),
                 "open_share_quantiles": open_F.quantile(torch.tensor([0, 0.1, 0.5, 0.9, 1.0])).tolist(),
                 "units_below_a_hundredth_of_the_median": int((size_F < size_F.median() / 100).sum()),
-                "massive_ratio": (resid_BTD.abs().max() / resid_BTD.abs().median()).item(),
-                "massive_ratio_without_first": (resid_BTD[:, 1:].abs().max() / resid_BTD.abs().median()).item(),
+                "massive_ratio_on_begin": (resid_BTD[begins_BT].abs().max() / resid_BTD.abs().median()).item(),
+                "massive_ratio_elsewhere": (resid_BTD[~begins_BT].abs().max() / resid_BTD.abs().median()).item(),
                 "rank": (spread_D.sum() ** 2 / (spread_D**2).sum()).item(),
             }
         )
@@ -251,6 +252,9 @@ def evaluate(root: Path) -> None:
         }
         result["checkpoints"][step] = figures
     result["mixed_text_loss"] = token_losses(model, mixed_BT).mean().item()
+    result["loss_on_training_text"] = {
+        kind: token_losses(model, text_rows(tokenizer, kind, TEXT_ROWS, "train")).mean().item() for kind in text
+    }
     result["loss_without"] = ablations(model, mixed_BT, repeats)
     result["continuations"] = continuations(model, tokenizer)
     four_digits = json.loads(json.dumps(result), parse_float=lambda digits: round(float(digits), 4))
@@ -260,7 +264,7 @@ def evaluate(root: Path) -> None:
 
 def continuations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """Greedy continuations of a few prompts."""
-    prompts = ["The value of the", "    def __init__(self", "import os\nimport", "red green blue; red green blue; red"]
+    prompts = ["The value of the", "    def __init__(self", "import os\nimport", "abc xyz 123\nabc xyz 123\nabc"]
     texts = {}
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -290,9 +294,12 @@ def tables(result: dict) -> str:
     for layer, health in enumerate(figures["layers"]):
         quantiles = (health["mean_abs_act_quantiles"], health["open_share_quantiles"])
         rows.append([str(layer), *(" ".join(f"{value:.2f}" for value in values) for values in quantiles)])
-        rows[-1] += [f"{health[name]:.2f}" for name in ("gini_of_mean_abs_act", "massive_ratio", "rank")]
+        names = ("gini_of_mean_abs_act", "massive_ratio_on_begin", "massive_ratio_elsewhere", "rank")
+        rows[-1] += [f"{health[name]:.2f}" for name in names]
         rows[-1] += [f"{without[name][layer]:.2f}" for name in ("mlp", "attention")]
-    columns = "layer, mean abs act, open share, Gini, massive ratio, rank, loss without MLP, loss without attention"
+    columns = (
+        "layer, mean abs act, open share, Gini, massive ratio on begin, elsewhere, rank, loss without MLP, attention"
+    )
     return "\n".join([losses, heads, table(columns, rows)])
 
 

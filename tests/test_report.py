@@ -1,6 +1,7 @@
 """Scans: their JSON, their page in a real browser, and what the terminal shows."""
 
 import html.parser
+import io
 import json
 import math
 import re
@@ -36,8 +37,8 @@ def made_by_hand(layers: int = 12, heads: int = 12, name: str = "by hand") -> Sc
         rows.append(row("rms", 2.0**layer, **place))
         rows.append(row("movement", math.nan if layer == layers - 1 else 0.5, **place))
         rows.append(row("massive_ratio", math.inf if layer == 1 else 10.0, **place))
-        for head in range(heads):
-            rows.append(row("sink_excess", head / heads, layer=layer, site=f"blocks.{layer}.attn.pattern", head=head))
+        pattern = {"layer": layer, "site": f"blocks.{layer}.attn.pattern"}
+        rows += [row("sink_excess", head / heads, **pattern, head=head) for head in range(heads)]
     rows.append({"site": "logits", "measure": "loss", "value": 3.25})
     frame = pd.DataFrame(rows).reindex(
         columns=["site", "layer", "head", "unit", "expert", "measure", "value"]
@@ -145,15 +146,12 @@ def test_an_unknown_panel_names_the_known_ones():
 def test_a_plain_network_is_scanned_by_its_modules():
     torch.manual_seed(0)
     net = ac.wrap(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), name="net")
-    from actome.measures import PANELS
-
-    table = net.measure(torch.randn(64, 4), PANELS["health"])
-    assert {"module:0", "module:1", "module:2"} <= set(table.frame["site"])
-    result = Scan(net.info, {}, {"panel": "health"}, table.frame.reindex(
-        columns=["site", "layer", "head", "unit", "expert", "measure", "value"]).astype({"layer": "Int64"}))  # fmt: skip
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    result.print(console)
-    assert "Modules" in console.export_text()
+    result = scan(net, torch.randn(64, 4))
+    assert {"module:0", "module:1", "module:2"} <= set(result.frame["site"])
+    out = io.StringIO()
+    result.print(Console(file=out, width=80))
+    assert "read Tensor (64, 4)" in out.getvalue()
+    assert "Modules" in out.getvalue()
     assert "<h2" in page(result)
 
 
@@ -162,8 +160,6 @@ def test_a_plain_network_is_scanned_by_its_modules():
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_terminal_report_fits_and_says_the_findings_first(width, demo_scan):
-    import io
-
     for one in (demo_scan, made_by_hand(), made_by_hand(layers=80, heads=64)):
         out = io.StringIO()
         one.print(Console(file=out, width=width))
@@ -174,11 +170,8 @@ def test_the_terminal_report_fits_and_says_the_findings_first(width, demo_scan):
 
 
 def test_ascii_terminals_get_ascii_bars(demo_scan):
-    import io
-
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
     console = Console(file=out, width=80)
-    made_by_hand(name="plain").values("rms", "layer")
     demo_scan.print(console)
     out.flush()
     assert "#" in out.buffer.getvalue().decode("ascii")

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from actome import __version__
 from actome.measures.findings import Finding
 from actome.report.figures import Figure, figures
-from actome.report.scan import Scan
+from actome.report.scan import Scan, read_line
 from actome.report.words import grouped, kind_of, place_of, word
 
 _SECTIONS = {
@@ -41,7 +41,7 @@ def page(scan: Scan) -> str:
         version=__version__,
         model=scan.model,
         facts=_facts(scan.model),
-        read=_read(scan),
+        read=read_line(scan.text),
         tiles=_tiles(scan),
         findings=[_findings(group) for group in grouped(scan.findings)],
         sections=_sections(drawn),
@@ -79,12 +79,6 @@ def _facts(model: dict[str, Any]) -> list[str]:
     facts += [f"{model[key]} {plural}" for key, plural in (("layers", "layers"), ("head", "heads")) if model.get(key)]
     facts += [f"width {model['d_model']}"] if model.get("d_model") else []
     return [fact for fact in (*facts, str(model.get("dtype", "")), str(model.get("device", ""))) if fact]
-
-
-def _read(scan: Scan) -> str:
-    counts = scan.text.get("counts") or {}
-    tokens, rows = counts.get("tokens", 0), counts.get("sequences", 0)
-    return f"{scan.text.get('source', 'text')}: {tokens:,} tokens in {rows:,} rows of up to {scan.text.get('context')}"
 
 
 def _tiles(scan: Scan) -> list[dict[str, str]]:

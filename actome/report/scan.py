@@ -144,8 +144,9 @@ def scan(
 
     Args:
         model: what `load`, `wrap` or `demo` gave.
-        text: a `Text`; or a file, folder or iterable of strings to make one of; by default held-out text that ships
-            with Python, up to 32768 tokens.
+        text: a `Text`; or a file, folder or list of strings to make one of; by default held-out text that ships with
+            Python, up to 32768 tokens. For models that read something else, whatever `Model.measure` takes: a tensor,
+            or an iterable of batches such as a data loader.
         panel: name of a set of measures.
         thresholds: for findings, by name; those not given keep their defaults.
         progress: called with the number of tokens read so far.
@@ -163,7 +164,7 @@ def scan(
         raise ActomeError(f"there is no panel {panel!r}; there are: {', '.join(PANELS)}")
     if text is None:
         text = default_text(model, limit=32_768)
-    elif not isinstance(text, Text):
+    elif isinstance(text, str | Path) or (isinstance(text, list) and all(isinstance(one, str) for one in text)):
         text = Text(text, model.tokenizer, context=min(model.context or 512, 512))
     started, start = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     table = model.measure(text, PANELS[panel], progress=progress)
@@ -175,9 +176,23 @@ def scan(
         "thresholds": dict(thresholds or {}),
         "versions": _versions(),
     }
-    source = {"source": SHIPPED_TEXT} if isinstance(text, _ShippedText) else {}
-    frame = _shown(table.frame, found)
-    return Scan(model.info, {**text.describe(), **source}, run, frame, tuple(found), tuple(table.skipped))
+    return Scan(model.info, _source(text), run, _shown(table.frame, found), tuple(found), tuple(table.skipped))
+
+
+def _source(text: Any) -> dict[str, Any]:
+    if not isinstance(text, Text):
+        shape = f" {tuple(text.shape)}" if hasattr(text, "shape") else ""
+        return {"source": f"{type(text).__name__}{shape}"}
+    return {**text.describe(), **({"source": SHIPPED_TEXT} if isinstance(text, _ShippedText) else {})}
+
+
+def read_line(text: dict[str, Any]) -> str:
+    """What was read, in one line."""
+    counts = text.get("counts")
+    if not counts:
+        return str(text.get("source", "text"))
+    size = f"{counts['tokens']:,} tokens in {counts['sequences']:,} rows of up to {text.get('context')}"
+    return f"{text.get('source', 'text')}: {size}"
 
 
 class _ShippedText(Text):

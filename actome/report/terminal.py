@@ -11,12 +11,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from actome.report.scan import Scan
+from actome.report.scan import Scan, read_line
 from actome.report.words import evidence_of, grouped, kind_of, place_of, word
 
 _STYLE = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 _MARK = {"critical": "✖", "warning": "▲", "info": "●"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_PLAIN = str.maketrans({"✖": "x", "▲": "!", "●": "*", "·": "-", "–": "-", "∞": "inf"})
 _MOST_LAYERS = 40
 
 # (value, kind of site) in the order in which columns appear, and whether a bar goes beside the number. Columns that
@@ -41,13 +42,15 @@ def print_scan(scan: Scan, console: Console | None = None) -> None:
         console: where to; the terminal by default.
     """
     console = console or Console()
-    if not console.is_terminal:
-        # Padding to the full width is of no use in a file.
-        with console.capture() as caught:
-            _print(scan, console)
-        console.file.write("\n".join(line.rstrip() for line in caught.get().split("\n")))
-    else:
+    ascii_only = console.options.ascii_only
+    if console.is_terminal and not ascii_only:
         _print(scan, console)
+        return
+    with console.capture() as caught:
+        _print(scan, console)
+    # Padding to the full width is of no use in a file, nor is a sign that its encoding does not have.
+    text = "\n".join(line.rstrip() for line in caught.get().split("\n"))
+    console.file.write(text.translate(_PLAIN).encode("ascii", "replace").decode() if ascii_only else text)
 
 
 def _print(scan: Scan, console: Console) -> None:
@@ -65,7 +68,7 @@ def _print(scan: Scan, console: Console) -> None:
 
 
 def _header(scan: Scan) -> Group:
-    model, text = scan.model, scan.text
+    model = scan.model
     facts = [
         f"{model['parameters']:,} parameters" if "parameters" in model else "",
         f"{model['layers']} layers" if model.get("layers") else "",
@@ -74,15 +77,13 @@ def _header(scan: Scan) -> Group:
         model.get("dtype", ""),
         model.get("device", ""),
     ]
-    counts = text.get("counts") or {}
-    read = f"{counts.get('tokens', 0):,} tokens in {counts.get('sequences', 0):,} rows of up to {text.get('context')}"
     loss, perplexity = (scan.values(name) for name in ("loss", "perplexity"))
     quality = [f"loss {word('loss').show(loss['value'].iloc[0])}" if len(loss) else ""]
     quality += [f"perplexity {word('perplexity').show(perplexity['value'].iloc[0])}" if len(perplexity) else ""]
     return Group(
         Text.assemble((str(model.get("name", "model")), "bold"), f"  {model.get('class', '')}"),
         Text(" · ".join(filter(None, facts)), style="dim"),
-        Text(f"read {text.get('source', 'text')}: {read}", style="dim"),
+        Text(f"read {read_line(scan.text)}", style="dim"),
         Text(" · ".join(filter(None, [*quality, f"{scan.run.get('seconds', 0):.1f} s"]))),
         Text(""),
     )
