@@ -16,7 +16,8 @@ from .clamping import ActiveClamp, ClampContext
 from .errors import SiteError, TextError, nearest
 from .families import family_of
 from .plain import module_sites
-from .resolve import Resolver, probe_inputs, prove
+from .prove import probe_inputs, prove
+from .resolve import Resolver
 from .run import Run, track
 from .sites import MODULE_PREFIX, Site, SiteTable
 from .structure import structural_sites

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .families import Family, Stack
-from .resolve import Resolver, close, evaluating, prove
+from .prove import close, evaluating, prove
+from .resolve import Resolver
 from .run import Run
 from .sites import SiteTable
 
