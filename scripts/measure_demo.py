@@ -42,19 +42,17 @@ def random_repeats(count: int, repeated: bool, seed: int = 0) -> Repeats:
     With `repeated=False` the second span is drawn anew: the control, in which there is nothing to copy.
     """
     rng = np.random.default_rng(seed)
-    rows, first, second, lengths = [], [], [], []
+    rows, spans = [], []
     for _ in range(count):
-        lead, length, gap = rng.integers(0, 49), rng.integers(16, 81), rng.integers(0, 41)
+        lead, length, gap = (int(rng.integers(low, high)) for low, high in ((0, 49), (16, 81), (0, 41)))
         row = rng.integers(2, 2000, size=CONTEXT)
         row[0] = 0
-        start, again = 1 + lead, 1 + lead + length + gap
+        first, second = 1 + lead, 1 + lead + length + gap
         if repeated:
-            row[again : again + length] = row[start : start + length]
+            row[second : second + length] = row[first : first + length]
         rows.append(row)
-        first.append(int(start))
-        second.append(int(again))
-        lengths.append(int(length))
-    return Repeats(torch.from_numpy(np.stack(rows)), first, second, lengths)
+        spans.append((first, second, length))
+    return Repeats(torch.from_numpy(np.stack(rows)), *map(list, zip(*spans, strict=True)))
 
 
 def text_rows(tokenizer: PreTrainedTokenizerFast, kind: str, limit: int, split: str = "heldout") -> Tensor:
@@ -128,11 +126,10 @@ def head_scores(model: LlamaForCausalLM, text_BT: Tensor, repeats: Repeats, cont
 
 def copy_positions(sequences: Repeats) -> tuple[Tensor, Tensor, Tensor]:
     """Row, query and key of every place where an induction head should look; the span's last token has no successor."""
+    spans = enumerate(zip(sequences.first, sequences.second, sequences.length, strict=True))
     places = [
         (row, second + offset, first + offset + 1)
-        for row, (first, second, length) in enumerate(
-            zip(sequences.first, sequences.second, sequences.length, strict=True)
-        )
+        for row, (first, second, length) in spans
         for offset in range(length - 1)
     ]
     rows, queries, keys = torch.tensor(places).T
@@ -156,9 +153,7 @@ def caught_inputs(modules: list[nn.Module]):
 
 def gini(values: Tensor) -> float:
     """Gini coefficient of non-negative values: 0 when all are equal, near 1 when one has everything."""
-    ordered = values.sort().values
-    ranks = torch.arange(1, len(ordered) + 1)
-    return ((2 * ranks - len(ordered) - 1) * ordered).sum().item() / (len(ordered) * ordered.sum().item())
+    return ((values[:, None] - values).abs().mean() / (2 * values.mean())).item()
 
 
 @torch.no_grad()
@@ -297,9 +292,7 @@ def tables(result: dict) -> str:
         names = ("gini_of_mean_abs_act", "massive_ratio_on_begin", "massive_ratio_elsewhere", "rank")
         rows[-1] += [f"{health[name]:.2f}" for name in names]
         rows[-1] += [f"{without[name][layer]:.2f}" for name in ("mlp", "attention")]
-    columns = (
-        "layer, mean abs act, open share, Gini, massive ratio on begin, elsewhere, rank, loss without MLP, attention"
-    )
+    columns = "layer, mean abs act, open share, Gini, massive on begin, elsewhere, rank, loss without MLP, attention"
     return "\n".join([losses, heads, table(columns, rows)])
 
 

@@ -61,21 +61,21 @@ class Resolver:
             for i, block in enumerate(blocks):
                 for local, address in stack.block.items():
                     for name, point, writable in self.points(block, local, address, stack):
-                        found.append(self._site(f"{stack.prefix}blocks.{i}.{name}", name, point, i, writable))
+                        found.append(self._site(f"{stack.prefix}blocks.{i}.{name}", name, point, i, writable, stack))
             for name, address in stack.top.items():
                 full = name if name == "logits" else f"{stack.prefix}{name}"
                 # What the model returns as its logits, after caps and scales that follow the head.
                 place = self._head(address) if name == "logits" else address
                 for _, point, writable in self.points(self.root, name, place, stack):
-                    found.append(self._site(full, name, point, None, writable))
+                    found.append(self._site(full, name, point, None, writable, stack))
         return found
 
     def _head(self, address: str) -> str:
         return "@out.logits" if self.module(self.root, address.partition("@")[0]) is not None else "missing@out"
 
     @staticmethod
-    def _site(name: str, local: str, point: Point, layer: int | None, writable: bool) -> Site:
-        return Site(name, dims_of(local), (), layer, writable, point)
+    def _site(name: str, local: str, point: Point, layer: int | None, writable: bool, stack: Stack) -> Site:
+        return Site(name, dims_of(local), (), layer, writable, point, stack.causal)
 
     def module(self, start: nn.Module, path: str) -> nn.Module | None:
         """The module at a path, also when the wrapped class lacks the path's base prefix; ``None`` if there is none."""

@@ -31,6 +31,7 @@ class Site:
         layer: the index of the block it belongs to, or ``None``.
         writable: whether a clamp may change it.
         address: where it is found; private to the taps.
+        causal: whether a position here knows only itself and earlier ones.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Site:
     layer: int | None = None
     writable: bool = True
     address: object = field(default=None, repr=False, compare=False)
+    causal: bool = True
 
     @cached_property
     def local(self) -> str:

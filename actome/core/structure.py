@@ -8,6 +8,7 @@ writes the model width is the down projection; its input is ``mlp.act``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,16 @@ def structural_sites(root: nn.Module, run: Run, inputs: dict[str, Any]) -> SiteT
         block["mlp.out"] = f"{parent}@out"
     family = Family("structural", (), (Stack(name, block, {"logits": "@out.logits"}),), bases=())
     resolver = Resolver(root, family, run)
-    return prove(root, resolver.sites(), run, inputs, check=_unproved)
+    seen: dict[str, Tensor] = {}
+
+    def check(values: dict[str, Tensor]) -> Iterator[str]:
+        seen.update(values)
+        yield from _unproved(values)
+
+    table = prove(root, resolver.sites(), run, inputs, check=check)
+    patterns = [x for name, x in seen.items() if name.endswith("attn.pattern")]
+    causal = all(float(pattern.float().triu(1).abs().max()) == 0.0 for pattern in patterns)
+    return SiteTable(replace(site, causal=causal) for site in table)
 
 
 def _block_list(root: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential | None]:

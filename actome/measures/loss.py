@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, wide
+from ..core.sites import Site
 
 # Logits that stay in a core's cache while their maximum and their exponentials are taken; a GPU takes more at once.
 _CHUNK = 1 << 19
@@ -60,6 +61,10 @@ class NextTokenLoss(Measure):
         "max_logit": (),
         "non_finite_tokens": (),
     }
+
+    def fits(self, site: Site) -> str | None:
+        """A model that sees the token to be predicted does not predict it."""
+        return None if site.causal else "its positions see the tokens that come after them"
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """tokens, lost (not finite), predictions: counts; nll and log_z: sums over them; peak: largest; all ()."""

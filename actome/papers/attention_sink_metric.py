@@ -66,7 +66,8 @@ def sink(model: Tiny, world: Backcopy, tokens_BT: Tensor) -> dict[str, float]:
 
     Returns:
         ``first``: mean share of a row's weight on tokens that lies on the first one. ``uniform``: what an even spread
-        over the past would give, which is not zero. ``row_sum``: mean weight of a row on tokens, one for softmax.
+        over the past would give, which is not zero. ``first_weight``: the weight itself, before a row is made to sum to
+        one. ``row_sum``: mean weight of a row on tokens, one for softmax.
         ``bias``: mean weight on the key bias, where there is one. ``sink_rate``: the paper's own metric, over all
         queries, with rows made to sum to one; epsilon is 0.2 as suits a tiny model. ``first_value``: norm of the first
         token's value over the mean norm of the others'. ``loss_above_floor``: in nats, over the least possible.
@@ -85,6 +86,7 @@ def sink(model: Tiny, world: Backcopy, tokens_BT: Tensor) -> dict[str, float]:
     return {
         "first": float((rows_NS[:, 0] / weight_N).mean()),
         "uniform": float((1 / past_N).mean()),
+        "first_weight": float(rows_NS[:, 0].mean()),
         "row_sum": float(weight_N.mean()),
         **({"bias": float((1 - weight_N).mean())} if model.config.key_bias else {}),
         "sink_rate": float(score.compute()["sink_rate"].mean()),

@@ -1,0 +1,9 @@
+"""What actome costs, as ratios to the bare model in one process: ``python -m benchmarks``; see docs/benchmarks.md.
+
+- `timing`    interleaved rounds, medians and quartiles            - `subjects`  the models and inputs
+- `row`       one line of the table, with its limit                - `peers`     the same work by other libraries
+- `table`     the table on the terminal and in the documentation   - `machine`   what it was measured on
+
+Suites, each with ``run(options) -> rows``: `forward`, `patterns`, `generation`, `health`, `fixed`, `imports`; and
+`measures`, a breakdown of the health panel that runs only when it is named.
+"""

@@ -1,0 +1,79 @@
+"""Times of several pieces of work, taken in turns so that whatever slows the machine slows all of them."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Times = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The median of some samples, with their quartiles."""
+
+    samples: tuple[float, ...]
+
+    @classmethod
+    def ratios(cls, some: Sequence[float], bare: Sequence[float]) -> Figure:
+        """Of what was measured in the same round."""
+        return cls(tuple(a / b for a, b in zip(some, bare, strict=True)))
+
+    @classmethod
+    def differences(cls, some: Sequence[float], bare: Sequence[float], scale: float = 1.0) -> Figure:
+        """Of what was measured in the same round, times a scale."""
+        return cls(tuple(scale * (a - b) for a, b in zip(some, bare, strict=True)))
+
+    def quantile(self, q: float) -> float:
+        """A quantile of the samples."""
+        return float(np.quantile(self.samples, q))
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+
+def interleave(works: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> Times:
+    """Seconds of each piece of work in each round.
+
+    Each round does every piece once and begins one further on than the last, so that none is always first. What a
+    piece returns is freed within its time. The garbage collector runs between rounds and never within one.
+
+    Args:
+        works: what to do, by name.
+        rounds: how many rounds count.
+        warmup: how many rounds go before them.
+    """
+    names = list(works)
+    times: Times = {name: [] for name in names}
+    for turn in range(-warmup, rounds):
+        gc.collect()
+        gc.disable()
+        try:
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                work = works[name]
+                start = time.perf_counter()
+                work()
+                seconds = time.perf_counter() - start
+                if turn >= 0:
+                    times[name].append(seconds)
+        finally:
+            gc.enable()
+    return times
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes on this many threads for the time of a block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
