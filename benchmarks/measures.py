@@ -1,6 +1,6 @@
 """Milliseconds a batch of every measure of the health panel, at the shapes of GPT-2 small, batch 4 x 256.
 
-    python benchmarks/bench_measures.py [--threads 2] [--repeats 7]
+    python -m benchmarks.measures [--threads 2] [--repeats 7]
 
 Tensors are random and the layers take turns, so that none is in cache because it was used just before. The line at the
 end compares with the matrix products of a bare forward of the same model, run in the same process.

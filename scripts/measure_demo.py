@@ -234,8 +234,7 @@ def evaluate(root: Path) -> None:
         "checkpoints": {},
     }
     for step in track(steps, description="measuring"):
-        folder = folder_of_step(step, root)
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = LlamaForCausalLM.from_pretrained(folder_of_step(step, root), dtype=torch.float32).eval()
         repeated_BT, fresh_BT = (token_losses(model, sequences.tokens_BT) for sequences in (repeats, control))
         figures = {kind: token_losses(model, rows_BT).mean().item() for kind, rows_BT in text.items()}
         figures |= {
@@ -285,12 +284,11 @@ def tables(result: dict) -> str:
             rows.append([f"{layer}.{head}", *scores, f"{loss:.2f}"])
     heads = table("head, previous, first, induction, its control, second-copy loss without it", rows)
 
-    rows = []
+    rows, single = [], ("gini_of_mean_abs_act", "massive_ratio_on_begin", "massive_ratio_elsewhere", "rank")
     for layer, health in enumerate(figures["layers"]):
         quantiles = (health["mean_abs_act_quantiles"], health["open_share_quantiles"])
         rows.append([str(layer), *(" ".join(f"{value:.2f}" for value in values) for values in quantiles)])
-        names = ("gini_of_mean_abs_act", "massive_ratio_on_begin", "massive_ratio_elsewhere", "rank")
-        rows[-1] += [f"{health[name]:.2f}" for name in names]
+        rows[-1] += [f"{health[name]:.2f}" for name in single]
         rows[-1] += [f"{without[name][layer]:.2f}" for name in ("mlp", "attention")]
     columns = "layer, mean abs act, open share, Gini, massive on begin, elsewhere, rank, loss without MLP, attention"
     return "\n".join([losses, heads, table(columns, rows)])

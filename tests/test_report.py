@@ -155,6 +155,19 @@ def test_a_plain_network_is_scanned_by_its_modules():
     assert "<h2" in page(result)
 
 
+def test_a_model_that_reads_images_says_so_when_given_text_and_is_scanned_with_images():
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**size, image_size=8, patch_size=4)
+    model = ac.wrap(transformers.ViTModel(config).eval(), tokenizer=ac.demo().tokenizer, name="a vision model")
+    with pytest.raises(ac.ActomeError, match="a vision model does not run on text alone, it also reads pixel_values"):
+        scan(model, ["some text"])
+    result = scan(model, {"pixel_values": torch.randn(4, 3, 8, 8)})
+    assert result.values("attention_entropy", "layer", "head").shape[0] == 4
+
+
 # -- terminal -----------------------------------------------------------------------------------------------------
 
 

@@ -160,8 +160,9 @@ def progress(args: argparse.Namespace, what: str, total: int | None = None) -> I
     unknown = total is None
     columns = [SpinnerColumn(), TextColumn("{task.description}")]
     columns += [BarColumn(), MofNCompleteColumn()] if not unknown else []
-    with Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=Console(stderr=True),
-                  transient=True) as bar:  # fmt: skip
+    remaining = TimeRemainingColumn(elapsed_when_finished=True)
+    screen = Console(stderr=True)
+    with Progress(*columns, remaining, console=screen, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
 

@@ -65,7 +65,6 @@ class Measure(torchmetrics.Metric):
             once, as `prepare` made them: (layer, k, batch, pos).
         reductions: for each statistic, how two of them become one.
         value_dims: for each value, its dims after the stack dims: ``{"rms": (), "sink": ("head",)}``.
-        next_token: whether it means something only for models that predict the next token.
 
     A subclass writes ``site_statistics(x, mask, tokens)`` for one site without stack dims, and ``values(stats)``, which
     leaves any leading dims of the statistics in front. Statistics are integers where they count, float32 or better
@@ -98,7 +97,6 @@ class Measure(torchmetrics.Metric):
     layout: ClassVar[Layout] = "tokens"
     reductions: ClassVar[dict[str, Reduction]]
     value_dims: ClassVar[dict[str, tuple[str, ...]]]
-    next_token: ClassVar[bool] = False
 
     def __init__(self, **options: Any):
         super().__init__(**options)

@@ -45,7 +45,6 @@ class NextTokenLoss(Measure):
     """
 
     layout = "logits"
-    next_token = True
     reductions: ClassVar[dict[str, Reduction]] = {
         "tokens": "sum",
         "lost": "sum",

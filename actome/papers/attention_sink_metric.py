@@ -25,7 +25,7 @@ ARMS = {"softmax": {}, "sigmoid": {"attention": "sigmoid"}, "key_bias": {"key_bi
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    seeds, steps = ([seed], 400) if scale == "smoke" else ([seed, seed + 1, seed + 2], 2000)
+    seeds, steps = ([seed], 400) if scale == "smoke" else ([seed, seed + 1, seed + 2], 1500)
     trained: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     untrained = []
     for one in seeds:
@@ -109,6 +109,6 @@ ENTRY = Entry(
     "least 3 times the row-normalised share with sigmoid attention at equal loss; a learned key bias takes at least "
     "twice what remains there; an untrained model spreads it evenly. Means over seeds.",
     test=test,
-    takes={"smoke": "about 10 seconds", "small": "about 2 minutes"},
+    takes={"smoke": "about 10 seconds", "small": "two to three minutes"},
     open="Emergence over training steps, weight decay, prefix loss and windowed attention.",
 )

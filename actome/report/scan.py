@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import platform
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SHIPPED_TEXT = "held-out manual and library source of Python"
 _MOST_UNITS = 100
+# Arguments of a forward that text does not give.
+_SENSES = {"pixel_values", "input_features", "input_values"}
 _COLUMNS = ["site", *PLACES, "measure", "value"]
 
 
@@ -167,7 +170,16 @@ def scan(
     elif isinstance(text, str | Path) or (isinstance(text, list) and all(isinstance(one, str) for one in text)):
         text = Text(text, model.tokenizer, context=min(model.context or 512, 512))
     started, start = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
-    table = model.measure(text, PANELS[panel], progress=progress)
+    try:
+        table = model.measure(text, PANELS[panel], progress=progress)
+    except (AttributeError, TypeError) as error:
+        senses = sorted(_SENSES & set(inspect.signature(model.module.forward).parameters))
+        if not senses or not isinstance(text, Text):
+            raise
+        raise ActomeError(
+            f"{model.name} does not run on text alone, it also reads {', '.join(senses)}: scan it from Python, with "
+            "actome.scan(model, inputs), where inputs are its forward arguments"
+        ) from error
     found = find(table, thresholds)
     run = {
         "panel": panel,
