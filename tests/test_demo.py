@@ -109,8 +109,8 @@ def test_unknown_step_names_the_nearest_first():
 def test_last_checkpoint_models_heldout_text(last, kind):
     module, tokenizer = last
     tokens_BT = heldout_tokens(tokenizer, kind)
-    # The card has it more than 2.5 nats below; the start of a document has less context to go by.
-    assert losses(module, tokens_BT).mean().item() < unigram_loss(tokenizer, kind, tokens_BT) - 1.5
+    # The card has it more than 3 nats below; here the texts depend on the Python that runs, and are few.
+    assert losses(module, tokens_BT).mean().item() < unigram_loss(tokenizer, kind, tokens_BT) - 2
 
 
 def test_untrained_checkpoint_knows_nothing():

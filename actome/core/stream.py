@@ -20,74 +20,57 @@ if TYPE_CHECKING:
 
 PREFIXES = ("encoder.", "decoder.", "text.", "vision.")
 
-# Below this many bytes a layer, a call costs more than its arithmetic: the layers of a stack are measured together.
-STACK_BYTES = 1 << 16
-
 
 class _Stream:
-    """One measure at sites of one shape, fed by taps."""
+    """One measure at sites of one shape, fed by taps: a metric for each site, or one for all depths together."""
 
     def __init__(self, measure: Measure, sites: Sequence[Site]):
         self.measure, self.sites = measure, tuple(sites)
-        self.metrics = [measure.clone() for _ in (sites[:1] if measure.layout == "depth" else sites)]
-        self.stacked: Measure | None = None
-        self.held: list[Tensor | None] = [None] * len(sites)
+        self.depth = measure.layout == "depth"
+        self.metrics = [measure.clone() for _ in (sites[:1] if self.depth else sites)]
+        self.layers: list[Tensor] = []
         self.previous: Tensor | None = None
         self.mask: Tensor | None = None
         self.tokens: Tensor | None = None
 
     def taps(self) -> list[tuple[Point, Tap, Kind]]:
-        feed = self._feed_depth if self.measure.layout == "depth" else self._feed
-        return [(site.address, self._tap(feed, site, i), "read") for i, site in enumerate(self.sites)]
+        return [(site.address, self._tap(site, i), "read") for i, site in enumerate(self.sites)]
 
-    @staticmethod
-    def _tap(feed: Callable[[Site, int, Tensor], None], site: Site, index: int) -> Tap:
-        def tap(x: Tensor) -> None:
-            feed(site, index, x)
+    def _tap(self, site: Site, index: int) -> Tap:
+        measure, layout = self.measure, self.measure.layout
 
-        return tap
+        def feed(x: Tensor) -> None:
+            x = canonical(x, site, layout)
+            self.metrics[index].fold(measure.statistics(x, fitting(self.mask, x, layout), self.tokens))
 
-    def _feed(self, site: Site, i: int, x: Tensor) -> None:
-        x = canonical(x, site, self.measure.layout)
-        if len(self.sites) > 1 and x.numel() * x.element_size() < STACK_BYTES:
-            self.held[i] = x.clone()
-            return
-        measure = self.metrics[i]
-        measure.fold(measure.statistics(x, fitting(self.mask, x, measure.layout), self.tokens))
+        def feed_depth(x: Tensor) -> None:
+            x = canonical(x, site, "tokens")
+            self.layers.append(measure.prepare(x, self.previous))
+            self.previous = x
 
-    def _feed_depth(self, site: Site, i: int, x: Tensor) -> None:
-        x = canonical(x, site, "tokens")
-        self.held[i] = self.measure.prepare(x, self.previous)
-        self.previous = x
+        return feed_depth if self.depth else feed
 
-    def finish_batch(self) -> None:
-        """Folds what was held back to be measured together."""
-        self.previous = None
-        if any(x is None for x in self.held):
-            return
-        x = torch.stack(self.held)  # type: ignore[arg-type]
-        self.held = [None] * len(self.sites)
-        if self.measure.layout == "depth":
+    def begin(self, mask: Tensor | None, tokens: Tensor | None) -> None:
+        """Takes in what belongs to the next forward."""
+        self.mask, self.tokens, self.previous, self.layers = mask, tokens, None, []
+
+    def end(self) -> None:
+        """Folds what had to wait for the last layer."""
+        if self.depth and len(self.layers) == len(self.sites):
+            x = torch.stack(self.layers)
             mask = self.mask if self.mask is not None and self.mask.shape == x.shape[-2:] else None
             self.metrics[0].fold(self.measure.statistics(x, mask))
-            return
-        if self.stacked is None:
-            self.stacked = self.measure.clone()
-        self.stacked.fold(self.measure.statistics(x, fitting(self.mask, x[0], self.measure.layout), self.tokens))
+        self.previous, self.layers = None, []
 
     def result(self) -> MeasureResult:
         """The measure over everything, with the layers in front, and its values."""
-        total = self.measure.clone()
-        if self.measure.layout == "depth":
-            total.merge_state(self.metrics[0])
-        else:
-            if self.stacked is not None:
-                total.merge_state(self.stacked)
-            seen = [m for m in self.metrics if m.update_count]
-            if seen and len(seen) != len(self.metrics):
-                missing = [site.name for site, m in zip(self.sites, self.metrics, strict=True) if not m.update_count]
+        total = self.metrics[0]
+        if not self.depth:
+            missing = [site.name for site, m in zip(self.sites, self.metrics, strict=True) if not m.update_count]
+            if missing and len(missing) < len(self.sites):
                 raise MeasureError(f"the forward did not reach {', '.join(missing[:4])}")
-            if seen:
+            total = self.measure.clone()
+            if not missing:
                 names = self.measure.reductions
                 total.fold({name: torch.stack([getattr(m, name) for m in self.metrics]) for name in names})
         return MeasureResult(total, self.sites, total.compute())
@@ -135,12 +118,12 @@ def measure(
     done = 0
     for arguments, ids, mask in batches(model, inputs, batch_size):
         for stream in streams:
-            stream.mask, stream.tokens = mask, ids
+            stream.begin(mask, ids)
         with model.tap(taps), torch.no_grad():
             with contextlib.suppress(StopForward):
                 model.module(**arguments)
             for stream in streams:
-                stream.finish_batch()
+                stream.end()
         done += 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
         if progress is not None:
             progress(done)
