@@ -41,11 +41,11 @@ def main() -> None:
     done: dict[str, tuple[str, list[Row]]] = {}
     for name in args.names or SUITES:
         suite = importlib.import_module(f"benchmarks.{name}")
-        about, rows = suite.run.__doc__.partition("\n")[0], []
+        about, rows = " ".join(suite.run.__doc__.split()), []
         print(f"\n{name}: {about}", flush=True)
         for row in suite.run(options):
             rows.append(row)
-            print(table.line(row), flush=True)
+            print(table.lines(row), flush=True)
         done[name] = about, rows
     over = [row.work for _, rows in done.values() for row in rows if row.verdict == "over"]
     print(f"\n{len(over)} over the limit" + (": " + "; ".join(over) if over else ""))

@@ -18,7 +18,10 @@ SITE, LAYER = "blocks.*.resid.post", 6
 
 
 def run(options: Options) -> Iterator[Row]:
-    """On a GPT-2 of twelve layers of width 64, batch 1 x 8, one thread, in its processor time; clamps are made and entered at every call."""
+    """On a GPT-2 of twelve layers of width 64, batch 1 x 8, one thread, in its processor time.
+
+    A clamp is made, entered and left at every call.
+    """
     with threads(1):
         yield from _forwards(options)
         yield from _generation(options)
@@ -47,7 +50,7 @@ def _forwards(options: Options) -> Iterator[Row]:
     }
     for row, checked in wanted.items():
         works.update({f"{row} {name}": work for name, work in checked.items() if callable(work)})
-    times = interleave(works, options.rounds(400), warmup=10, clock=time.thread_time)
+    times = interleave(works, options.rounds(150), clock=time.thread_time, best_of=7)
     bare = f"{1e3 * Figure(tuple(times['bare'])).median:.2f} ms"
     for row, work, limit in (("record", f"record `{SITE}`", 0.2), ("add", "one `Add`", 0.1)):
         theirs = _theirs(wanted[row], times, 1e3, f"{row} ")
@@ -67,7 +70,7 @@ def _generation(options: Options) -> Iterator[Row]:
     others = peers.build(module, subjects.twin, options.peers)
     checked = peers.agreeing(others, lambda peer: peer.generate(ids, LAYER, vector, new), clamped())
     works.update({name: work for name, work in checked.items() if callable(work)})
-    times = interleave(works, options.rounds(40), clock=time.thread_time)
+    times = interleave(works, options.rounds(30), clock=time.thread_time, best_of=2)
     bare = f"{1e3 * Figure(tuple(times['bare'])).median / new:.2f} ms"
     theirs = _theirs(checked, times, 1e3 / new)
     yield Row("generation with one `Add`, a token", "ms", _beside(times, "add", 1e3 / new), 0.1, bare, theirs)
@@ -80,6 +83,4 @@ def _beside(times: Times, name: str, scale: float) -> Figure:
 def _theirs(
     checked: dict[str, Callable[[], object] | str], times: Times, scale: float, prefix: str = ""
 ) -> dict[str, Figure | str]:
-    return {
-        name: _beside(times, prefix + name, scale) if callable(work) else work for name, work in checked.items()
-    }
+    return {name: _beside(times, prefix + name, scale) if callable(work) else work for name, work in checked.items()}

@@ -111,14 +111,14 @@ class Nnsight:
         with torch.no_grad(), self.model.trace(ids, use_cache=False):
             found = self.save([])
             for i in layers:
-                found.append(self.blocks[i].output)  # noqa: PERF401 - a trace reads statement by statement
+                found.append(self.blocks[i].output)
         return found
 
     def patterns(self, ids: Tensor) -> list[Tensor]:
         with torch.no_grad(), self.model.trace(ids, use_cache=False):
             found = self.save([])
             for block in self.blocks:
-                found.append(block.attn.output[1])  # noqa: PERF401
+                found.append(block.attn.output[1])
         return found
 
     def add(self, ids: Tensor, layer: int, vector: Tensor) -> Tensor:

@@ -12,14 +12,12 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
-def line(row: Row) -> str:
-    """A row for the terminal."""
+def lines(row: Row) -> str:
+    """A row for the terminal, with those of the peers below it."""
     limit = f"limit {_limit(row)}" if row.limit is not None else ""
-    parts = [f"{row.work:<58}{_figure(row.ours, row.unit):<26}{limit:<16}{row.verdict:<6}"]
-    parts += [f"bare {row.bare}"] if row.bare else []
-    parts += [f"{name} {_peer(one, row.unit)}" for name, one in row.peers.items()]
-    parts += [row.note] if row.note else []
-    return "   ".join(parts)
+    bare = f"bare {row.bare}" if row.bare else ""
+    cells = f"{row.work:<60}{_figure(row.ours, row.unit):<29}{limit:<15}{row.verdict:<6}{bare:<14}{row.note}"
+    return "\n".join([cells.rstrip(), *(f"    {name:<56}{_peer(one, row.unit)}" for name, one in row.peers.items())])
 
 
 def markdown(suites: dict[str, tuple[str, list[Row]]], machine: dict[str, str]) -> str:

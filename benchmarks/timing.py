@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,34 +45,44 @@ def interleave(
     rounds: int,
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    best_of: int = 1,
 ) -> Times:
     """Seconds of each piece of work in each round.
 
-    Each round does every piece once and begins one further on than the last, so that none is always first. What a
-    piece returns is freed within its time. The garbage collector runs between rounds and never within one.
+    Each round does every piece once, in an order of its own: what a piece leaves behind, in the caches and in the
+    allocator, would otherwise always meet the same next one. What a piece returns is freed within its time. The garbage
+    collector runs between rounds and never within one.
 
     Args:
         works: what to do, by name.
         rounds: how many rounds count.
         warmup: how many rounds go before them.
         clock: what tells the time; `time.thread_time` for work on one thread, which then shares its core unnoticed.
+        best_of: a sample is the fastest of so many calls in a row, for work so short that an interruption drowns it.
     """
     names = list(works)
     times: Times = {name: [] for name in names}
-    for turn in range(-warmup, rounds):
-        gc.collect()
-        gc.disable()
-        try:
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                work = works[name]
-                start = clock()
-                work()
-                seconds = clock() - start
+    gc.collect()
+    gc.freeze()  # what is there stays; collecting between rounds then costs next to nothing
+    try:
+        for turn in range(-warmup, rounds):
+            gc.collect()
+            gc.disable()
+            for name in random.Random(turn).sample(names, len(names)):
+                seconds = min(_seconds(works[name], clock) for _ in range(best_of))
                 if turn >= 0:
                     times[name].append(seconds)
-        finally:
             gc.enable()
+    finally:
+        gc.enable()
+        gc.unfreeze()
     return times
+
+
+def _seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    work()
+    return clock() - start
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -195,24 +194,26 @@ def test_record_writes_what_safetensors_and_pyarrow_read(tmp_path, capsys, text)
     assert re.search("1,?024 tokens", capsys.readouterr().out)
 
 
-def test_interrupting_exits_with_130_and_what_was_recorded_is_resumed(tmp_path, capsys):
+def test_interrupting_exits_with_130_and_what_was_recorded_is_resumed(tmp_path, capsys, monkeypatch):
+    from actome.core.store import Writer
+
     out = tmp_path / "recording"
-    words = ["record", "demo", "blocks.0.resid.post", "--out", str(out), "--tokens", "30000", "--context", "64"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "actome", *words, "--batch-size", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    until = time.monotonic() + 120
-    while not out.exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert err == "actome: interrupted\n"
+    words = ["record", "demo", "blocks.0.resid.post", "--out", str(out), "--tokens", "3000", "--context", "64"]
+    words += ["--batch-size", "4"]
+    add, calls = Writer.add, []
+
+    def interrupted(self, *args, **kwargs):
+        add(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 5:  # as if Ctrl-C came here
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "add", interrupted)
+        assert main(words) == 130
+    assert capsys.readouterr().err.endswith("actome: interrupted\n")
     assert main([*words, "--resume"]) == 0
-    assert re.search("30,?000 tokens", capsys.readouterr().out)
+    assert re.search("3,?000 tokens", capsys.readouterr().out)
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -6,11 +6,13 @@ uses, so that figures follow the reader's light or dark setting. Axes and legend
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from actome.report.scan import Scan
@@ -47,7 +49,7 @@ def figures(scan: Scan) -> list[Figure]:
 
 def _profiles(scan: Scan, measure: str) -> Iterator[Figure]:
     rows = _by_depth(scan.values(measure, "layer"))
-    if rows.empty or rows["value"].notna().sum() < 2:
+    if np.isfinite(rows["value"]).sum() < 2:
         return
     name = word(measure)
     yield Figure(f"depth-{measure}", name.title, name.says, "depth", profile(rows, name))
@@ -60,20 +62,23 @@ def profile(rows: pd.DataFrame, name: Word) -> dict[str, Any]:
         rows: columns layer (-1 is the stream before the first block), kind, value.
         name: how the value is shown.
     """
-    finite = rows["value"].dropna()
+    finite = rows["value"][np.isfinite(rows["value"])]
     logarithmic = name.look == "ratio" and finite.min() > 0 and finite.max() / finite.min() > _WIDE_SPAN
     # A share that is zero throughout would have an axis without a size.
     top = {"domainMax": 0.1} if name.look == "share" and finite.max() < 0.1 else {}
-    scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=True, nice=True, **top)
+    scale = alt.Scale(type="log", nice=False, padding=8) if logarithmic else alt.Scale(zero=True, nice=True, **top)
     labels: dict[str, Any] = {"format": ".0%" if name.look == "share" else ",~f"}
     if logarithmic:
         # Whole powers as people write them, up to where that gets long.
-        labels = {"labelExpr": "datum.value >= 1e6 ? format(datum.value, '.0e') : format(datum.value, ',~r')"}
+        labels = {
+            "values": _decades(finite.min(), finite.max()),
+            "labelExpr": "datum.value >= 1e6 ? format(datum.value, '.0e') : format(datum.value, ',~r')",
+        }
     if name.look == "count":
-        labels["tickMinStep"] = 1
+        labels["values"] = list(range(0, int(finite.max()) + 1, max(1, math.ceil(finite.max() / 4))))
     # The residual stream keeps its colour in every figure.
     kinds = sorted(rows["kind"].unique(), key=lambda kind: not kind.endswith("resid.post"))
-    base = alt.Chart(_clean(rows)).encode(
+    base = alt.Chart(_inline(rows)).encode(
         alt.X(
             "layer:Q",
             title="layer",
@@ -92,7 +97,9 @@ def profile(rows: pd.DataFrame, name: Word) -> dict[str, Any]:
             alt.Tooltip("value:Q", title=name.title, format=".2%" if name.look == "share" else ".4~g"),
         ],
     )
-    chart = base.mark_line(strokeWidth=2) + base.mark_point(size=45, filled=True, opacity=1)
+    chart = base.mark_line(strokeWidth=2) + base.mark_point(
+        size=45 if rows["layer"].nunique() < 24 else 15, filled=True, opacity=1
+    )
     return _spec(chart, height=150)
 
 
@@ -115,10 +122,11 @@ def heads_map(rows: pd.DataFrame, name: Word) -> dict[str, Any]:
     heads = int(rows["head"].max()) + 1
     step = 30 if heads <= 8 else 22 if heads <= 16 else 12 if heads <= 40 else 7
     # From zero to one where one is the most that there is, so that models compare; below zero as far as it goes.
-    low = min(0.0, float(rows["value"].min(skipna=True) or 0.0)) if name.signed else 0.0
-    high = max(1.0, float(rows["value"].max(skipna=True) or 1.0))
+    finite = rows["value"][np.isfinite(rows["value"])]
+    low = min(0.0, finite.min()) if name.signed and len(finite) else 0.0
+    high = max(1.0, finite.max()) if len(finite) else 1.0
     chart = (
-        alt.Chart(_clean(rows))
+        alt.Chart(_inline(rows))
         .mark_rect(cornerRadius=2)
         .encode(
             alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True), scale=_CELLS),
@@ -158,10 +166,27 @@ def _by_depth(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["layer"] >= 0) | rows["value"].notna()]
 
 
-def _clean(rows: pd.DataFrame) -> pd.DataFrame:
-    # Plain integers, and six digits, which is more than a screen can show.
-    whole = {column: "int64" for column in ("layer", "head") if column in rows}
-    return rows.astype(whole).assign(value=[float(f"{v:.6g}") for v in rows["value"]])
+def _decades(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis: powers of ten, with their double and fivefold where there are few of them.
+
+    >>> _decades(0.08, 2.5)
+    [0.1, 0.2, 0.5, 1, 2]
+    >>> _decades(3, 20000)
+    [10, 100, 1000, 10000]
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1,) if math.log10(high / low) >= 2.5 else (1, 2, 5)
+    ticks = [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]
+    return [int(tick) if tick >= 1 else tick for tick in ticks if low <= tick <= high]
+
+
+def _inline(rows: pd.DataFrame) -> alt.InlineData:
+    # As plain values: Altair refuses a frame of more than 5000 rows. Six digits are more than a screen can show.
+    records = rows.astype({column: "int64" for column in ("layer", "head") if column in rows}).to_dict("records")
+    for record in records:
+        value = record["value"]
+        record["value"] = float(f"{value:.6g}") if math.isfinite(value) else None
+    return alt.InlineData(values=records)
 
 
 def _spec(chart: alt.Chart | alt.LayerChart, height: int) -> dict[str, Any]:
