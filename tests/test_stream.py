@@ -179,6 +179,19 @@ def test_an_encoder_decoder_is_measured_in_both_stacks():
     assert {site.name.split(".")[0] for site in table.sites("mean_square")} == {"encoder", "decoder"}
 
 
+def test_a_decoder_beside_an_encoder_reads_the_text_one_step_later():
+    m = ac.wrap(TINY["t5"](), tokenizer())
+    table = m.measure(text(), {"logits": ac.measures.NextTokenLoss(), RESID: Square()})
+    loss, count = 0.0, 0
+    for batch in text(batch_size=1):
+        inside = torch.cat([torch.zeros(1, 1, dtype=torch.long), batch.ids[:, :-1]], dim=1)
+        with torch.no_grad():
+            logits = m.module(input_ids=batch.ids, decoder_input_ids=inside).logits
+        loss += float(torch.nn.functional.cross_entropy(logits[0, :-1], inside[0, 1:], reduction="sum"))
+        count += inside.shape[1] - 1
+    torch.testing.assert_close(float(table.value("loss")), loss / count, rtol=1e-5, atol=1e-6)
+
+
 def test_what_does_not_fit_is_said():
     m = model()
     with pytest.raises(ac.SiteError, match="nearest"):

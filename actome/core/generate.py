@@ -113,7 +113,7 @@ def generate(
         raise SiteError(f"{type(module).__name__} cannot generate; load a class with a language-model head")
     arguments, ids, mask = model.arguments(prompt, padding="left")
     assert ids is not None
-    for name in ("use_cache", "position_ids", "decoder_input_ids"):
+    for name in ("use_cache", "position_ids", "decoder_input_ids", "decoder_attention_mask"):
         arguments.pop(name, None)
     if "attention_mask" not in arguments and "input_ids" in arguments:
         # Said outright, so that transformers need not guess it from the padding id.

@@ -232,7 +232,8 @@ class Model:
             grad: keep the graph for a backward pass.
 
         Returns:
-            (batch, pos, vocab), or (batch, class) for a classifier. Rows shorter than the longest are padded on the
+            (batch, pos, vocab), or (batch, class) for a classifier. Given text, an encoder-decoder's decoder reads the
+            same text behind its start token. Rows shorter than the longest are padded on the
             right; their logits beyond the text mean nothing.
         """
         arguments, _, _ = self.arguments(inputs)
@@ -295,7 +296,11 @@ class Model:
         if "decoder_input_ids" in self._forward_names:
             start = getattr(self.config, "decoder_start_token_id", None)
             start = start if start is not None else getattr(self.config, "pad_token_id", 0) or 0
-            arguments["decoder_input_ids"] = torch.full((len(ids), 1), start, device=ids.device)
+            # The decoder reads the same text one step later, so that its sites have a position for every token.
+            first = torch.full((len(ids), 1), start, dtype=ids.dtype, device=ids.device)
+            arguments["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+            if mask is not None and "decoder_attention_mask" in self._forward_names:
+                arguments["decoder_attention_mask"] = mask.long()
         return arguments
 
     # -- taps ---------------------------------------------------------------------------------------------------

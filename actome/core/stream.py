@@ -118,7 +118,8 @@ def measure(
     done = 0
     for arguments, ids, mask in batches(model, inputs, batch_size):
         for stream in streams:
-            stream.begin(mask, ids)
+            # Logits are of the decoder's tokens where there is one.
+            stream.begin(mask, arguments.get("decoder_input_ids", ids))
         with model.tap(taps), torch.no_grad():
             with contextlib.suppress(StopForward):
                 model.module(**arguments)
