@@ -50,7 +50,7 @@ def _forwards(options: Options) -> Iterator[Row]:
     }
     for row, checked in wanted.items():
         works.update({f"{row} {name}": work for name, work in checked.items() if callable(work)})
-    times = interleave(works, options.rounds(150), clock=time.thread_time, best_of=7)
+    times = interleave(works, options.rounds(300), clock=time.thread_time, best_of=3)
     bare = f"{1e3 * Figure(tuple(times['bare'])).median:.2f} ms"
     for row, work, limit in (("record", f"record `{SITE}`", 0.2), ("add", "one `Add`", 0.1)):
         theirs = _theirs(wanted[row], times, 1e3, f"{row} ")

@@ -53,7 +53,7 @@ def _time(options: Options) -> Iterator[Row]:
         model.measure(batches(count), PANELS["health"], progress=lambda _: start.append(time.perf_counter()))
         ends.append(time.perf_counter() - start[-1])
 
-    times = interleave({"bare": bare, "panel": panel}, options.rounds(9), warmup=1)
+    times = interleave({"bare": bare, "panel": panel}, options.rounds(7), warmup=1)
     whole = Figure(tuple(times["bare"])).median
     # What is computed once from the totals, eigenvalues above all, does not grow with the text.
     end = Figure(tuple(ends[1:]))

@@ -141,11 +141,6 @@ Peer = ByHand | TransformerLens | Nnsight
 LIBRARIES = {TransformerLens: "transformer-lens", Nnsight: "nnsight"}
 
 
-def names() -> list[str]:
-    """What peers are called, with the versions of those that are installed."""
-    return [_label(kind) for kind in (ByHand, *LIBRARIES)]
-
-
 def build(module: nn.Module, make: Callable[[nn.Module], nn.Module], libraries: bool) -> dict[str, Peer | str]:
     """Every peer around a module of its own, or why there is none.
 

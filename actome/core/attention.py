@@ -48,9 +48,12 @@ class AttentionPoint(Point):
     def install(self) -> Callable[[], None]:
         return self.seam.join(self)
 
-    def pass_on(self, x: Tensor) -> Tensor:
+    def pass_on(self, x: Tensor, fresh: bool = False) -> Tensor:
+        """Runs the taps; `fresh` says that nobody else holds `x`, so that a single reader may keep it uncopied."""
         new = self.write(x)
+        self.fresh = fresh and len(self.readers) == 1
         self.read(new)
+        self.fresh = False
         return new
 
 
@@ -61,6 +64,8 @@ class _Seam:
         self.module = module
         self.points: dict[str, AttentionPoint] = {}
         self.on_path = self.beside = False
+        # Whether its eager function is a softmax of scaled products and a mask, nothing else; found out by comparing.
+        self.plain: bool | None = None
 
     def join(self, point: AttentionPoint) -> Callable[[], None]:
         if not self.points:
@@ -111,14 +116,23 @@ class RegistrySeam(_Seam):
             return self._eager(q, k, v, mask, *args, **kw)
         out = original(module, q, k, v, mask, *args, **kw)
         if self.beside:
-            pattern = out[1]
-            if pattern is None or "scores" in self.points:
-                with torch.no_grad():
-                    # The values play no part in the pattern: one column of them keeps the product small.
-                    self._eager(q, k, v[..., :1], mask, *args, **{**kw, "dropout": 0.0})
-            else:
-                self.pass_on("pattern", pattern)
+            with torch.no_grad():
+                self._look(q, k, v, mask, out[1], args, kw)
         return out
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, pattern: Tensor | None, args: Any, kw: Any) -> None:
+        """Shows scores and pattern to their readers, beside a kernel that does not give them."""
+        if "scores" not in self.points:
+            if pattern is not None:
+                self.pass_on("pattern", pattern)
+                return
+            if self.plain and _may_be_plain(q, kw):
+                self.points["pattern"].pass_on(plain_pattern(self.module, q, k, mask, kw), fresh=True)
+                return
+        # The values play no part in the pattern: one column of them keeps the product small.
+        _, own = self._eager(q, k, v[..., :1], mask, *args, **{**kw, "dropout": 0.0})
+        if self.plain is None and _may_be_plain(q, kw):
+            self.plain = torch.allclose(plain_pattern(self.module, q, k, mask, kw), own, rtol=1e-4, atol=1e-6)
 
     def _eager(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
         module = self.module
@@ -220,6 +234,36 @@ class _FunctionMode(TorchFunctionMode):
             scores = seam.pass_on("scores", args[0])
             return seam.pass_on("pattern", func(scores, *args[1:], **kwargs))
         return func(*args, **kwargs)
+
+
+def _may_be_plain(q: Tensor, kw: dict[str, Any]) -> bool:
+    # Half precision is left to the eager function, whose roundings are its own; tensors among the rest are biases.
+    return q.dtype == torch.float32 and not any(isinstance(value, Tensor) for value in kw.values())
+
+
+def plain_pattern(module: nn.Module, q: Tensor, k: Tensor, mask: Any, kw: dict[str, Any]) -> Tensor:
+    """``softmax(scale * q @ k.T + mask)`` in one product and one pass in place.
+
+    Args:
+        q: (batch, head, query, d_head); `k` (batch, kv_head, key, d_head); `mask` as the attention function got it.
+
+    Returns:
+        (batch, head, query, key), a tensor of its own.
+    """
+    mask = additive_mask(module, mask, q, k, kw)
+    scale = kw.get("scaling")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k = _for_queries(k, q)
+    if mask is not None and mask.shape[:2] == (1, 1):
+        many = q.shape[0] * q.shape[1]
+        added = mask[0].expand(many, -1, -1)
+        scores = torch.baddbmm(added, q.flatten(0, 1), k.flatten(0, 1).transpose(-1, -2), alpha=scale)
+        scores = scores.view(*q.shape[:3], k.shape[-2])
+    else:
+        scores = torch.matmul(q * scale, k.transpose(-1, -2))
+        if mask is not None:
+            scores += mask
+    return torch.softmax(scores, dim=-1, out=scores) if scores.device.type == "cpu" else scores.softmax(dim=-1)
 
 
 def _for_queries(kv: Tensor, queries: Tensor) -> Tensor:

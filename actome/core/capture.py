@@ -113,16 +113,20 @@ class Capture:
             tap = (
                 self._keeper(site.name, cut, dtype, device)
                 if grad
-                else self._copier(site.name, cut, self.groups[local], index, ends)
+                else self._copier(site, cut, self.groups[local], index, ends)
             )
             self.taps.append((site.address, tap, "keep" if grad else "read"))
 
-    def _copier(self, name: str, cut: Any, group: _Group, index: int, ends: bool) -> Tap:
-        tensors = self.tensors
+    def _copier(self, site: Site, cut: Any, group: _Group, index: int, ends: bool) -> Tap:
+        tensors, name, point = self.tensors, site.name, site.address
+        as_is = cut is None and group.dtype is None and group.device is None
 
         def copy(x: Tensor) -> None:
             x = x.detach() if x.requires_grad else x
-            tensors[name] = group.store(x if cut is None else cut(x), index)
+            if point.fresh and as_is:
+                tensors[name], group.whole = x, False
+            else:
+                tensors[name] = group.store(x if cut is None else cut(x), index)
             if ends:
                 raise StopForward
 

@@ -27,6 +27,8 @@ class Point:
 
     # Whether its tensor comes with tokens flattened, so that somebody must know (batch, pos).
     needs_tokens = False
+    # Whether what is being read belongs to nobody else, so that it may be kept without a copy.
+    fresh = False
 
     def __init__(self) -> None:
         self.writers: list[Tap] = []
