@@ -50,7 +50,7 @@ def _forwards(options: Options) -> Iterator[Row]:
     }
     for row, checked in wanted.items():
         works.update({f"{row} {name}": work for name, work in checked.items() if callable(work)})
-    times = interleave(works, options.rounds(300), clock=time.thread_time, best_of=3)
+    times = interleave(works, options.rounds(200), clock=time.thread_time, best_of=3)
     bare = f"{1e3 * Figure(tuple(times['bare'])).median:.2f} ms"
     for row, work, limit in (("record", f"record `{SITE}`", 0.2), ("add", "one `Add`", 0.1)):
         theirs = _theirs(wanted[row], times, 1e3, f"{row} ")
@@ -70,7 +70,7 @@ def _generation(options: Options) -> Iterator[Row]:
     others = peers.build(module, subjects.twin, options.peers)
     checked = peers.agreeing(others, lambda peer: peer.generate(ids, LAYER, vector, new), clamped())
     works.update({name: work for name, work in checked.items() if callable(work)})
-    times = interleave(works, options.rounds(30), clock=time.thread_time, best_of=2)
+    times = interleave(works, options.rounds(20), clock=time.thread_time, best_of=2)
     bare = f"{1e3 * Figure(tuple(times['bare'])).median / new:.2f} ms"
     theirs = _theirs(checked, times, 1e3 / new)
     yield Row("generation with one `Add`, a token", "ms", _beside(times, "add", 1e3 / new), 0.1, bare, theirs)

@@ -45,7 +45,7 @@ def _run(options: Options) -> Iterator[Row]:
     }
     for row, checked in wanted.items():
         works.update({f"{row} {name}": work for name, work in checked.items() if callable(work)})
-    times = interleave(works, options.rounds(21))
+    times = interleave(works, options.rounds(9))
     if not torch.equal(before, subjects.forward(never, ids)) or not torch.equal(before, subjects.forward(module, ids)):
         raise RuntimeError("a forward of the bare model is no longer what it was before anything was wrapped")
 

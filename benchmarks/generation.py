@@ -44,7 +44,7 @@ def _run(options: Options) -> Iterator[Row]:
     others = peers.build(module, subjects.twin, options.peers)
     checked = peers.agreeing(others, lambda peer: peer.generate(ids, LAYER, vector, new), ours)
     works.update({name: work for name, work in checked.items() if callable(work)})
-    times = interleave(works, options.rounds(15))
+    times = interleave(works, options.rounds(9))
 
     def ratio(name: str) -> Figure:
         return Figure.ratios(times[name], times["bare"])

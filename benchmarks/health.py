@@ -41,7 +41,7 @@ def batches(count: int) -> Iterator[torch.Tensor]:
 def _time(options: Options) -> Iterator[Row]:
     module = subjects.gpt2()
     model, never = actome.wrap(module), subjects.twin(module)
-    count = 2 if options.quick else 16
+    count = 2 if options.quick else 8
     ends: list[float] = []
 
     def bare() -> None:
@@ -53,7 +53,7 @@ def _time(options: Options) -> Iterator[Row]:
         model.measure(batches(count), PANELS["health"], progress=lambda _: start.append(time.perf_counter()))
         ends.append(time.perf_counter() - start[-1])
 
-    times = interleave({"bare": bare, "panel": panel}, options.rounds(7), warmup=1)
+    times = interleave({"bare": bare, "panel": panel}, options.rounds(5), warmup=1)
     whole = Figure(tuple(times["bare"])).median
     # What is computed once from the totals, eigenvalues above all, does not grow with the text.
     end = Figure(tuple(ends[1:]))

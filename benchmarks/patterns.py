@@ -37,7 +37,7 @@ def _run(options: Options) -> Iterator[Row]:
     checked = peers.agreeing(others, lambda peer: peer.patterns(ids), ours)
     del recorded, ours
     works.update({name: work for name, work in checked.items() if callable(work)})
-    times = interleave(works, options.rounds(21))
+    times = interleave(works, options.rounds(9))
 
     def ratio(name: str) -> Figure:
         return Figure.ratios(times[name], times["bare"])
