@@ -242,3 +242,19 @@ def test_bad_inputs_say_what_is_wrong(model, ids):
         model.record(ids, SITE, positions=99)
     with pytest.raises(ac.SiteError, match="nearest"):
         model.record(ids, "blocks.1.resid.pots")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gemma2", "gpt-oss", "t5"])
+def test_patterns_read_alone_are_bit_for_bit_those_of_the_eager_function(name):
+    # Alone, a plain pattern takes a shorter way; with the scores it goes through the model's own eager function.
+    model = ac.wrap(TINY[name]())
+    given = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(5))
+    padded = {"input_ids": given, "attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3])}
+    if name == "t5":
+        padded["decoder_input_ids"] = given
+    prefix = "encoder." if name == "t5" else ""
+    site = f"{prefix}blocks.1.attn.pattern"
+    for inputs in (given if name != "t5" else {"input_ids": given, "decoder_input_ids": given}, padded):
+        alone = model.record(inputs, site)[site]
+        both = model.record(inputs, [site, f"{prefix}blocks.1.attn.scores"])[site]
+        assert torch.equal(alone, both)

@@ -260,7 +260,8 @@ def plain_pattern(module: nn.Module, q: Tensor, k: Tensor, mask: Any, kw: dict[s
         scores = torch.baddbmm(added, q.flatten(0, 1), k.flatten(0, 1).transpose(-1, -2), alpha=scale)
         scores = scores.view(*q.shape[:3], k.shape[-2])
     else:
-        scores = torch.matmul(q * scale, k.transpose(-1, -2))
+        # The eager functions' own order of roundings, in place.
+        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
         if mask is not None:
             scores += mask
     return torch.softmax(scores, dim=-1, out=scores) if scores.device.type == "cpu" else scores.softmax(dim=-1)
