@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import SiteError
-from .taps import Kind, Point, Tap
+from .taps import Kind, Point, Tap, mode_during
 
 _SEAMS: dict[nn.Module, RegistrySeam] = {}
 _REPLACED: dict[str, Any] = {}
@@ -179,21 +179,7 @@ class FunctionSeam(_Seam):
     """
 
     def open(self) -> None:
-        modes: list[_FunctionMode] = []
-
-        def before(module: nn.Module, args: Any) -> None:
-            modes.append(_FunctionMode(self).__enter__())
-
-        def after(module: nn.Module, args: Any, out: Any) -> None:
-            # Called after an exception too, and then perhaps without the pre-hook having run.
-            if modes:
-                modes.pop().__exit__(None, None, None)
-
-        handles = [
-            self.module.register_forward_pre_hook(before),
-            self.module.register_forward_hook(after, always_call=True),
-        ]
-        self.close = lambda: [handle.remove() for handle in handles]  # type: ignore[method-assign]
+        self.close = mode_during(self.module, lambda: _FunctionMode(self))  # type: ignore[method-assign]
 
     def attend(self, func: Any, q: Tensor, k: Tensor, v: Tensor, args: tuple[Any, ...], kw: dict[str, Any]) -> Tensor:
         """`scaled_dot_product_attention` with its inner tensors seen; same formula as the library documents."""

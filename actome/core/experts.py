@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .errors import ClampError
-from .taps import Point
+from .taps import Point, mode_during
 
 Tokens = Callable[[], tuple[int, int]]
 
@@ -37,20 +37,7 @@ class RouterPoint(Point):
         self.module, self.tokens = module, tokens
 
     def install(self) -> Callable[[], None]:
-        modes: list[_RouterMode] = []
-
-        def before(module: nn.Module, args: Any) -> None:
-            modes.append(_RouterMode(self).__enter__())
-
-        def after(module: nn.Module, args: Any, out: Any) -> None:
-            if modes:
-                modes.pop().__exit__(None, None, None)
-
-        handles = [
-            self.module.register_forward_pre_hook(before),
-            self.module.register_forward_hook(after, always_call=True),
-        ]
-        return lambda: [handle.remove() for handle in handles]
+        return mode_during(self.module, lambda: _RouterMode(self))
 
 
 class _RouterMode(TorchFunctionMode):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # A tap is given the tensor in the site's dims and returns its replacement, or None to leave it as it is.
 Tap = Callable[[Tensor], Tensor | None]
@@ -173,6 +174,29 @@ class HookPoint(Point):
             return None
         out[key] = new
         return out
+
+
+def mode_during(module: nn.Module, make: Callable[[], TorchFunctionMode]) -> Callable[[], None]:
+    """Has a torch function mode live while a module's forward runs, also when that ends in an exception.
+
+    Args:
+        make: gives a new mode for each forward.
+
+    Returns:
+        What takes it out again.
+    """
+    modes: list[TorchFunctionMode] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        modes.append(make().__enter__())
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        # Called after an exception too, and then perhaps without the pre-hook having run.
+        if modes:
+            modes.pop().__exit__(None, None, None)
+
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+    return lambda: [handle.remove() for handle in handles]  # type: ignore[return-value]
 
 
 class TapSet:
