@@ -381,3 +381,10 @@ def test_generation_equals_transformers_own(ids):
         got = model.generate(ids, max_new_tokens=6, record=site)
         assert torch.equal(got.ids, wanted)
         assert got.recording[site].shape[1] == got.ids.shape[1] - 1
+
+
+def test_what_cannot_be_generated_from_is_said(model, ids):
+    with pytest.raises(ac.TextError, match="integer token ids"):
+        model.generate(ids.float())
+    with pytest.raises(ac.SiteError, match="cannot generate"):
+        ac.wrap(TINY["bert"]()).generate(ids)

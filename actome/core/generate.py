@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import SiteError
+from .errors import SiteError, TextError
 from .recording import Recording
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def generate(
     if not getattr(module, "can_generate", lambda: False)():
         raise SiteError(f"{type(module).__name__} cannot generate; load a class with a language-model head")
     arguments, ids, mask = model.arguments(prompt, padding="left")
-    assert ids is not None
+    if ids is None:
+        raise TextError("generate() takes text, a list of texts, or integer token ids of shape (pos) or (batch, pos)")
     for name in ("use_cache", "position_ids", "decoder_input_ids", "decoder_attention_mask"):
         arguments.pop(name, None)
     if "attention_mask" not in arguments and "input_ids" in arguments:
