@@ -388,3 +388,24 @@ def test_what_cannot_be_generated_from_is_said(model, ids):
         model.generate(ids.float())
     with pytest.raises(ac.SiteError, match="cannot generate"):
         ac.wrap(TINY["bert"]()).generate(ids)
+
+
+def test_a_value_made_anew_in_each_forward_is_never_taken_for_an_earlier_one(model, ids):
+    class Grow(ac.Clamp):
+        def transform(self, x: Tensor, place) -> Tensor:
+            sizes.append(float(len(sizes)))
+            # Of another dtype, so that it is converted; freed at once, so that its place in memory may be used again.
+            return torch.zeros_like(x) + place.fit(torch.full((WIDTH,), sizes[-1], dtype=torch.float64), x)
+
+    sizes: list[float] = []
+    with model.clamp(Grow(SITE)):
+        for size in range(5):
+            assert bool((model.record(ids, SITE)[SITE] == size).all())
+
+
+def test_a_vector_that_is_edited_in_place_counts_as_edited(model, ids):
+    level = torch.zeros(WIDTH, dtype=torch.float64)
+    with model.clamp(ac.Set(SITE, level)):
+        for size in range(3):
+            level.fill_(size)
+            assert bool((model.record(ids, SITE)[SITE] == size).all())

@@ -10,11 +10,8 @@ from torch import Tensor
 
 from .errors import SiteError
 from .select import chosen, take, take_positions
-from .sites import Site
+from .sites import HEAD_DIMS, TIME_DIMS, Site, axis_of
 from .taps import Kind, Point, StopForward, Tap
-
-_TIME = ("pos", "query")
-_HEADS = ("head", "kv_head")
 
 
 class _Group:
@@ -57,15 +54,15 @@ class Selection:
         steps: list[Callable[[Tensor], Tensor]] = []
         dims = site.dims
         if self.positions is not None:
-            axis = next((i for i, d in enumerate(dims) if d in _TIME), None)
+            axis = axis_of(dims, TIME_DIMS)
             if axis is not None:
                 steps.append(lambda x, a=axis: take_positions(x, a, self.positions, mask))
         if self.heads is not None:
-            axis = next((i for i, d in enumerate(dims) if d in _HEADS), None)
+            axis = axis_of(dims, HEAD_DIMS)
             if axis is not None:
                 index = chosen(self.heads, site.sizes[axis], f"{site.name}: head")
                 steps.append(lambda x, a=axis, i=index: take(x, a, i))
-            elif not any(d in _HEADS for s in sites for d in s.dims):
+            elif all(axis_of(other.dims, HEAD_DIMS) is None for other in sites):
                 raise SiteError(f"{site.name} has no heads (its dims are {', '.join(dims)}); leave out heads=")
         if self.units is not None:
             index = chosen(

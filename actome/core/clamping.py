@@ -12,7 +12,7 @@ from .clamp import Clamp
 from .errors import ClampError
 from .run import Run, absolute
 from .select import chosen
-from .sites import Site
+from .sites import HEAD_DIMS, TIME_DIMS, Site, axis_of
 
 if TYPE_CHECKING:
     from .model import Model
@@ -28,7 +28,7 @@ class Place:
         self.dims = site.dims
         self.where: Tensor | None = None
         self.length = 0
-        self._cache: dict[Any, Tensor] = {}
+        self._cache: tuple[Tensor, Any, Tensor] | None = None
 
     def select(self, full: Tensor) -> Tensor:
         """Cuts a tensor of the site's dims to the clamp's heads and units."""
@@ -48,13 +48,7 @@ class Place:
             value = torch.as_tensor(value)
         if value.ndim == 0:
             return value.to(x) if value.requires_grad else value.item()
-        key = (id(value), x.dtype, x.device)
-        if value.requires_grad:
-            value = value.to(x)
-        elif key in self._cache:
-            value = self._cache[key]
-        else:
-            value = self._cache[key] = value.detach().to(x)
+        value = self._converted(value, x)
         shape, wanted = tuple(value.shape), tuple(x.shape)
         if shape == wanted[-value.ndim :]:
             return value
@@ -64,7 +58,7 @@ class Place:
         for size, want, dim in zip(shape, wanted[-value.ndim :], dims, strict=False):
             ok = ok and (size == want or (dim in ("batch", "pos", "query") and (size == 1 or dim != "batch")))
         if ok and len(shape) >= x.ndim - 1:
-            axis = next((i for i, d in enumerate(dims) if d in ("pos", "query")), None)
+            axis = axis_of(dims, TIME_DIMS)
             if axis is None or shape[axis] in (1, self.length):
                 return value
             if self.where is not None and (placed := self._at_positions(value, axis)) is not None:
@@ -75,13 +69,24 @@ class Place:
             f"give a number or a tensor whose shape equals its last dims, such as {(wanted[-1],)}"
         )
 
+    def _converted(self, value: Tensor, x: Tensor) -> Tensor:
+        if value.requires_grad or (value.dtype == x.dtype and value.device == x.device):
+            return value.to(x)
+        # Kept with the tensor that it came from and its version, so that neither another tensor nor an edit of this
+        # one is taken for it.
+        state = (value._version, x.dtype, x.device)
+        if self._cache is None or self._cache[0] is not value or self._cache[1] != state:
+            self._cache = (value, state, value.detach().to(x))
+        return self._cache[2]
+
     def _at_positions(self, value: Tensor, axis: int) -> Tensor | None:
         # The gate's n-th selected position of a row takes the n-th entry of the value.
         where = self.where
         assert where is not None
-        time = next(i for i, d in enumerate(self.dims) if d in ("pos", "query"))
+        time = axis_of(self.dims, TIME_DIMS)
+        assert time is not None
         gate = where.reshape(where.shape[0], where.shape[time])
-        if gate.sum(dim=1).max() > value.shape[axis] or (gate.shape[0] > 1 and value.ndim < len(self.dims)):
+        if gate.shape[0] > 1 and value.ndim < len(self.dims):
             return None
         if int(gate.sum(dim=1).max()) != value.shape[axis]:
             return None
@@ -103,7 +108,7 @@ class ActiveClamp:
         dims = site.dims
         choices: list[tuple[int, list[int]]] = []
         if clamp.heads is not None:
-            axis = next((i for i, d in enumerate(dims) if d in ("head", "kv_head")), None)
+            axis = axis_of(dims, HEAD_DIMS)
             if axis is None:
                 raise ClampError(f"{site.name} has no heads (its dims are {', '.join(dims)}); leave out heads=")
             choices.append((axis, chosen(clamp.heads, site.sizes[axis], f"{site.name}: head")))
@@ -111,9 +116,9 @@ class ActiveClamp:
             size = site.sizes[-1] if len(site.sizes) == len(dims) else None
             choices.append((len(dims) - 1, chosen(clamp.units, size, f"{site.name}: {dims[-1]} unit")))
         self.place = Place(site, run, choices)
-        self.time_axis = next((i for i, d in enumerate(dims) if d in ("pos", "query")), None)
-        if self.time_axis is None and "key" in dims:
-            self.time_axis = dims.index("key")
+        self.time_axis = axis_of(dims, TIME_DIMS)
+        if self.time_axis is None:
+            self.time_axis = axis_of(dims, ("key",))
         if clamp.positions is not None and self.time_axis is None:
             raise ClampError(f"{site.name} has no positions (its dims are {', '.join(dims)}); leave out positions=")
         self.gated = any(g is not None for g in (clamp.positions, clamp.rows, clamp.when))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .errors import SiteError, TextError
 from .recording import Recording
+from .sites import TIME_DIMS, axis_of
 
 if TYPE_CHECKING:
     from .model import Model
@@ -56,7 +57,7 @@ class _Chunks:
 
     def whole(self) -> Tensor:
         dims = self.dims
-        time = next((i for i, d in enumerate(dims) if d in ("pos", "query")), None)
+        time = axis_of(dims, TIME_DIMS)
         if time is None:
             # Keys and values come with the cache: the last forward has them all.
             return self.parts[-1] if "key" in dims else torch.stack(self.parts)

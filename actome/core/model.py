@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .generate import Generation
     from .measure import MeasureTable
     from .recording import Recording
+    from .text import Text
 
 
 class Model:
@@ -245,6 +246,13 @@ class Model:
                 return out
             raise SiteError(f"{type(self.module).__name__} gives no logits; load the class with a head")
         return logits
+
+    def read(self, texts: str | Sequence[str], batch_size: int) -> Text:
+        """One or several texts as rows of their own, split where they are longer than the model's context."""
+        from .text import Text
+
+        texts = [texts] if isinstance(texts, str) else texts
+        return Text(texts, self.tokenizer, context=self.context, batch_size=batch_size, pack=False)
 
     def arguments(self, inputs: Any, padding: str = "right") -> tuple[dict[str, Any], Tensor | None, Tensor | None]:
         """Forward arguments for any kind of input, with the token ids and the mask (``None`` when nothing is padded).

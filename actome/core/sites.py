@@ -19,6 +19,20 @@ MODULE_PREFIX = "module:"
 # Dims that count tokens or rows; every other dim is a feature of one token.
 STREAM_DIMS = ("batch", "pos", "query", "key", "height", "width")
 
+# The dims by which one chooses positions and heads, and the stacks of blocks that put their name before their sites'.
+TIME_DIMS = ("pos", "query")
+HEAD_DIMS = ("head", "kv_head")
+STACKS = ("encoder", "decoder", "text", "vision")
+
+
+def axis_of(dims: tuple[str, ...], names: tuple[str, ...]) -> int | None:
+    """Where the first dim with one of these names is, or ``None``.
+
+    >>> axis_of(("batch", "head", "query", "key"), TIME_DIMS)
+    2
+    """
+    return next((axis for axis, dim in enumerate(dims) if dim in names), None)
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -51,7 +65,7 @@ class Site:
     def stack(self) -> str:
         """Its stack where there are several: ``"encoder"``, ``"decoder"``, ``"text"`` or ``"vision"``; else ``""``."""
         first = self.name.partition(".")[0]
-        return first if first in ("encoder", "decoder", "text", "vision") else ""
+        return first if first in STACKS else ""
 
     def size(self, dim: str) -> int | None:
         """The size of a dim, or ``None`` when it varies or the site does not have it."""

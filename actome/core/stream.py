@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .errors import MeasureError, SiteError, TextError
 from .measure import Measure
-from .sites import Site
+from .sites import MODULE_PREFIX, STACKS, Site
 from .table import MeasureResult, MeasureTable
 from .taps import Kind, Point, StopForward, Tap
 
 if TYPE_CHECKING:
     from .model import Model
 
-PREFIXES = ("encoder.", "decoder.", "text.", "vision.")
+_PREFIXES = tuple(f"{stack}." for stack in STACKS)
 
 
 class _Stream:
@@ -180,8 +180,8 @@ def _match(model: Model, patterns: tuple[str, ...]) -> list[Site]:
     error: SiteError | None = None
     for pattern in patterns:
         variants = [pattern]
-        if not pattern.startswith((*PREFIXES, "module:")):
-            variants += [prefix + pattern for prefix in PREFIXES]
+        if not pattern.startswith((*_PREFIXES, MODULE_PREFIX)):
+            variants += [prefix + pattern for prefix in _PREFIXES]
         hits: list[Site] = []
         for variant in variants:
             try:
@@ -258,11 +258,8 @@ def batches(
     model: Model, inputs: Any, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], Tensor | None, Tensor | None]]:
     """(forward arguments, ids, mask) for every batch of whatever is given."""
-    from .text import Text
-
     if isinstance(inputs, str) or (isinstance(inputs, list) and inputs and isinstance(inputs[0], str)):
-        inputs = [inputs] if isinstance(inputs, str) else inputs
-        inputs = Text(inputs, model.tokenizer, context=model.context, batch_size=batch_size, pack=False)
+        inputs = model.read(inputs, batch_size)
     if isinstance(inputs, Mapping):
         inputs = [inputs]
     elif isinstance(inputs, Tensor):

@@ -81,8 +81,7 @@ def record_to_disk(
     if not isinstance(text, Text):
         if modes["resume"]:
             raise RecordingError("resume= needs a Text, whose sequences are numbered; give ac.Text(...)")
-        texts = [text] if isinstance(text, str) else text
-        text = Text(texts, job.model.tokenizer, context=job.model.context, batch_size=batch_size, pack=False)
+        text = job.model.read(text, batch_size)
     positions = job.selection.positions
     positions = None if positions is None else repr(positions)
     meta = {"model": job.model.info, "text": text.describe(), "positions": positions}
