@@ -24,6 +24,7 @@ from .structure import structural_sites
 from .taps import Kind, Point, Tap, TapSet
 
 if TYPE_CHECKING:
+    from .fold import Fold
     from .generate import Generation
     from .measure import MeasureTable
     from .recording import Recording
@@ -387,6 +388,12 @@ class Model:
         from .stream import measure
 
         return measure(self, inputs, measures, **options)
+
+    def fold(self, batches: Any, folds: Any, **options: Any) -> dict[str, Fold]:
+        """Folds activations together with labels or other companions; see `actome.core.labelled.fold`."""
+        from .labelled import fold
+
+        return fold(self, batches, folds, **options)
 
     def generate(self, prompt: Any, max_new_tokens: int = 20, **options: Any) -> Generation:
         """Generates with the key-value cache, under whatever clamps are active; see `actome.core.generate.generate`."""

@@ -18,6 +18,7 @@ from .taps import Kind, Point, StopForward, Tap
 if TYPE_CHECKING:
     from .model import Model
 
+TOGETHER = ("depth", "sites")  # layouts that need all sites of a forward before they can be folded
 _PREFIXES = tuple(f"{stack}." for stack in STACKS)
 
 
@@ -26,8 +27,8 @@ class _Stream:
 
     def __init__(self, measure: Measure, sites: Sequence[Site]):
         self.measure, self.sites = measure, tuple(sites)
-        self.depth = measure.layout == "depth"
-        self.metrics = [measure.clone() for _ in (sites[:1] if self.depth else sites)]
+        self.together = measure.layout in TOGETHER
+        self.metrics = [measure.clone() for _ in (sites[:1] if self.together else sites)]
         self.layers: list[Tensor] = []
         self.previous: Tensor | None = None
         self.mask: Tensor | None = None
@@ -43,12 +44,13 @@ class _Stream:
             x = canonical(x, site, layout)
             self.metrics[index].fold(measure.statistics(x, fitting(self.mask, x, layout), self.tokens))
 
-        def feed_depth(x: Tensor) -> None:
+        def feed_together(x: Tensor) -> None:
             x = canonical(x, site, "tokens")
             self.layers.append(measure.prepare(x, self.previous))
-            self.previous = x
+            if layout == "depth":
+                self.previous = x
 
-        return feed_depth if self.depth else feed
+        return feed_together if self.together else feed
 
     def begin(self, mask: Tensor | None, tokens: Tensor | None) -> None:
         """Takes in what belongs to the next forward."""
@@ -56,16 +58,25 @@ class _Stream:
 
     def end(self) -> None:
         """Folds what had to wait for the last layer."""
-        if self.depth and len(self.layers) == len(self.sites):
-            x = torch.stack(self.layers)
-            mask = self.mask if self.mask is not None and self.mask.shape == x.shape[-2:] else None
-            self.metrics[0].fold(self.measure.statistics(x, mask))
+        if self.together and len(self.layers) == len(self.sites):
+            if self.measure.layout == "depth":
+                x = torch.stack(self.layers)
+                mask = self.mask if self.mask is not None and self.mask.shape == x.shape[-2:] else None
+                self.metrics[0].fold(self.measure.statistics(x, mask))
+            else:
+                self.metrics[0].fold(self.measure.statistics(self.layers, self.mask, self.tokens))
         self.previous, self.layers = None, []
 
-    def result(self) -> MeasureResult:
-        """The measure over everything, with the layers in front, and its values."""
+    def results(self) -> list[MeasureResult]:
+        """The measure over everything and its values: with the layers in front, or where rows are kept by site."""
+        if not self.together and "cat" in self.measure.reductions.values():
+            parts = zip(self.metrics, self.sites, strict=True)
+            return [MeasureResult(one, (site,), one.compute()) for one, site in parts]
+        return [self._stacked()]
+
+    def _stacked(self) -> MeasureResult:
         total = self.metrics[0]
-        if not self.depth:
+        if not self.together:
             missing = [site.name for site, m in zip(self.sites, self.metrics, strict=True) if not m.update_count]
             if missing and len(missing) < len(self.sites):
                 raise MeasureError(f"the forward did not reach {', '.join(missing[:4])}")
@@ -128,7 +139,7 @@ def measure(
         done += 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
         if progress is not None:
             progress(done)
-    return MeasureTable([stream.result() for stream in streams], skipped)
+    return MeasureTable([result for stream in streams for result in stream.results()], skipped)
 
 
 def _stop(x: Tensor) -> None:
@@ -201,7 +212,7 @@ def _groups(sites: Sequence[Site], layout: str) -> Iterator[list[Site]]:
     for site in sites:
         stack = site.name.partition("blocks.")[0]
         name = site.local if site.layer is not None else site.name
-        groups.setdefault(stack if layout == "depth" else (name, site.sizes), []).append(site)
+        groups.setdefault(stack if layout in TOGETHER else (name, site.sizes), []).append(site)
     yield from groups.values()
 
 
@@ -209,7 +220,7 @@ def _misfit(measure: Measure, site: Site) -> str | None:
     square = "query" in site.dims and "key" in site.dims
     if measure.layout == "pattern" and not square:
         return f"it takes attention patterns, and this has the dims {', '.join(site.dims)}"
-    if measure.layout in ("tokens", "depth") and square:
+    if measure.layout in ("tokens", *TOGETHER) and square:
         return "it takes one vector a token, and this has a value for each pair of positions"
     if measure.layout == "logits" and site.dims[-1:] != ("vocab",):
         return f"it takes logits over a vocabulary, and this has the dims {', '.join(site.dims)}"

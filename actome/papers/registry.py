@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
+import pkgutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from actome.core.errors import ActomeError, nearest
@@ -59,7 +61,7 @@ class Entry:
         number: of the card in the project's list of research.
         slug: its name on the command line.
         title: of the paper.
-        kind: ``"measure"``, ``"method"``, ``"phenomenon"`` or ``"domain-model"``.
+        kind: ``"measure"``, ``"method"``, ``"phenomenon"``, ``"theory"`` or ``"domain-model"``.
         home: where in actome its method lives, as a dotted name.
         claim: what the reproduction tests, in one line.
         test: ``test(seed, scale) -> (figures, control, checks)``.
@@ -70,7 +72,7 @@ class Entry:
     number: int
     slug: str
     title: str
-    kind: Literal["measure", "method", "phenomenon", "domain-model"]
+    kind: Literal["measure", "method", "phenomenon", "theory", "domain-model"]
     home: str
     claim: str
     test: Callable[[int, Scale], tuple[dict[str, Any], dict[str, Any], dict[str, bool]]] = field(repr=False)
@@ -100,17 +102,23 @@ class Entry:
         return {key: value for key in keys if (value := getattr(self, key)) != ""}
 
 
-# One module a paper, imported when it is asked for.
-_MODULES = {"lac-voids": "lac_voids", "attention-sink-metric": "attention_sink_metric"}
+def slugs() -> list[str]:
+    """The slugs of all papers: one module each, named after its slug and imported when it is asked for.
+
+    >>> "lac-voids" in slugs()
+    True
+    """
+    names = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return sorted(name.replace("_", "-") for name in names if name != "registry" and not name.startswith("_"))
 
 
 def entries() -> list[Entry]:
     """All entries, by number.
 
-    >>> [entry.slug for entry in entries()]
-    ['lac-voids', 'attention-sink-metric']
+    >>> [entry.number for entry in entries() if entry.slug == "lac-voids"]
+    [14]
     """
-    return sorted(map(find, _MODULES), key=lambda entry: entry.number)
+    return sorted(map(find, slugs()), key=lambda entry: entry.number)
 
 
 def find(slug: str) -> Entry:
@@ -126,11 +134,10 @@ def find(slug: str) -> Entry:
         for entry in entries():
             if entry.number == int(slug):
                 return entry
-    if slug not in _MODULES:
-        raise PaperError(
-            f"there is no paper {slug!r}{nearest(slug, _MODULES) or '; there are: ' + ', '.join(_MODULES)}"
-        )
-    return importlib.import_module(f"actome.papers.{_MODULES[slug]}").ENTRY
+    known = slugs()
+    if slug not in known:
+        raise PaperError(f"there is no paper {slug!r}{nearest(slug, known) or '; there are: ' + ', '.join(known)}")
+    return importlib.import_module(f"actome.papers.{slug.replace('-', '_')}").ENTRY
 
 
 def run(slug: str, seed: int = 0, scale: Scale = "smoke") -> Reproduction:
