@@ -12,7 +12,7 @@ PIP     = $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 # Each test process computes on one thread: with two processes on two cores more threads only wait for one another.
 CALM    = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow rotation lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +20,7 @@ help:
 	@echo "make test    the fast tests and every example in the documentation strings"
 	@echo "make setup   the environment alone"
 	@echo "make lint    ruff and the import contract     make format   let ruff rewrite"
-	@echo "make test-slow, make bench, make clean"
+	@echo "make test-slow, make rotation (two reproductions at full scale), make bench, make clean"
 
 # The stamps remember what has been installed, so that a second call starts at once.
 $(VENV)/.torch:
@@ -61,6 +61,10 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(CALM) $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
+
+# Two of the reproductions at full scale, others each day.
+rotation: $(VENV)/.dev
+	$(CALM) ROTATION=$${ROTATION:-2} $(BIN)/python -m pytest -n $(JOBS) -m slow tests/test_papers_small.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -204,3 +204,20 @@ def test_what_does_not_fit_is_said():
         m.measure(text(), {})
     with pytest.raises(ac.MeasureError, match="different measures"):
         merge_tables([m.measure(text(), {RESID: Square()}), m.measure(text(), {"embed": Square()})])
+
+
+def test_measures_of_one_tensor_share_its_tokens_and_none_sees_what_another_did():
+    from actome.core.real import real_tokens, shared_tokens
+
+    x, mask = torch.randn(2, 5, 3), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    with shared_tokens():
+        first = real_tokens(x, mask)
+        assert real_tokens(x.detach(), mask) is first
+        assert real_tokens(x[:, 1:], mask[:, 1:]) is not first
+        again = real_tokens(x, mask)
+        x[0, 0, 0] = torch.nan  # written to in place: the same tensor is another
+        assert int(real_tokens(x, mask).count) == int(again.count) - 1
+        with torch.inference_mode():
+            made = torch.ones(1, 2, 3)
+            assert real_tokens(made) is not real_tokens(made)
+    assert real_tokens(x, mask) is not real_tokens(x, mask)

@@ -5,7 +5,10 @@ Letters: B batch, T position, U unit.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -36,11 +39,60 @@ def real_tokens(x_BTU: Tensor, mask_BT: Tensor | None = None) -> Tokens:
     Left-out tokens become zero vectors: they add nothing to sums, to maxima of absolute values, or to counts of units
     that exceed something, so a measure needs to know of them only through `count` (and `keep`, for tokenwise means).
 
-    The check for non-finite units waits for the device once a call.
+    The check for non-finite units waits for the device once a call. What is returned must not be written to.
 
     >>> real_tokens(torch.tensor([[[1.0, 2.0], [float("nan"), 3.0]]])).count
     tensor(1)
     """
+    memo = _LOCAL.__dict__.get("memo")
+    if memo is None:
+        return _real_tokens(x_BTU, mask_BT)
+    if not memo or not memo[0].holds(x_BTU, mask_BT):
+        memo[:] = [_Memo(x_BTU, mask_BT, _real_tokens(x_BTU, mask_BT))]
+    return memo[0].tokens
+
+
+@contextlib.contextmanager
+def shared_tokens() -> Iterator[None]:
+    """Within it, measures that look at the same tensor one after the other share what `real_tokens` makes of it."""
+    before = _LOCAL.__dict__.get("memo")
+    _LOCAL.memo = []
+    try:
+        yield
+    finally:
+        _LOCAL.memo = before
+
+
+_LOCAL = threading.local()
+
+
+class _Memo:
+    """The last tensor, held so that its memory is not given to another, and its tokens."""
+
+    def __init__(self, x: Tensor, mask: Tensor | None, tokens: Tokens):
+        self.x, self.mask, self.tokens = x, mask, tokens
+        self.version = _version(x)
+
+    def holds(self, x: Tensor, mask: Tensor | None) -> bool:
+        mine = self.x
+        return (
+            x.data_ptr() == mine.data_ptr()
+            and x.shape == mine.shape
+            and x.stride() == mine.stride()
+            and x.dtype == mine.dtype
+            and x.device == mine.device
+            and mask is self.mask
+            and self.version is not None
+            and _version(x) == self.version
+        )
+
+
+def _version(x: Tensor) -> int | None:
+    # Tensors made in inference mode do not count their changes.
+    return None if x.is_inference() else x._version
+
+
+def _real_tokens(x_BTU: Tensor, mask_BT: Tensor | None) -> Tokens:
     x, keep = wide(x_BTU), mask_BT
     if keep is None:
         real = torch.full((), x.shape[0] * x.shape[1], device=x.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import MeasureError, SiteError, TextError
 from .measure import Measure
+from .real import shared_tokens
 from .sites import MODULE_PREFIX, STACKS, Site
 from .table import MeasureResult, MeasureTable
 from .taps import Kind, Point, StopForward, Tap
@@ -131,7 +132,7 @@ def measure(
         for stream in streams:
             # Logits are of the decoder's tokens where there is one.
             stream.begin(mask, arguments.get("decoder_input_ids", ids))
-        with model.tap(taps), torch.no_grad():
+        with model.tap(taps), torch.no_grad(), shared_tokens():
             with contextlib.suppress(StopForward):
                 model.module(**arguments)
             for stream in streams:
