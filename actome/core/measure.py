@@ -117,6 +117,10 @@ class Measure(Fold):
         """Why this measure cannot be taken at a site, or ``None`` when it can."""
         return None
 
+    def at(self, site: Site) -> Measure:
+        """This measure as a site wants it, for those that must know something of the site, such as its heads."""
+        return self
+
     def statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """The statistics of one batch; pure.
 

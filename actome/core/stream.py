@@ -178,7 +178,7 @@ def _streams(model: Model, entries: Iterable[tuple[Any, Any]], lenient: bool) ->
             for group in _groups(sites, one.layout):
                 reason = one.fits(group[0]) or _misfit(one, group[0])
                 if reason is None:
-                    streams.append(_Stream(one, group))
+                    streams.append(_Stream(one.at(group[0]), group))
                 elif lenient:
                     skipped.append(f"{type(one).__name__} at {group[0].local}: {reason}")
                 else:

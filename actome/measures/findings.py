@@ -25,7 +25,7 @@ class Finding:
         id: what kind of thing: one of `IDS`.
         severity: ``"info"`` (good to know, found in healthy models), ``"warning"`` or ``"critical"``.
         site: the site; for several layers with the same finding at the same place, the pattern that selects them.
-        where: lists of layers, heads, units and positions, those that apply.
+        where: lists of layers, heads, units, experts and positions, those that apply.
         evidence: the numbers that it rests on; of several layers those of the strongest, whose name is under ``"at"``.
         source: where the phenomenon or definition comes from.
         advice: what to do about it.
@@ -160,7 +160,7 @@ def _together(rule: Rule, verdicts: list[tuple[Site, Verdict]]) -> Iterator[Find
             {**layers, **verdict.where},
             dict(verdict.evidence),
             rule.source,
-            rule.advice,
+            verdict.advice or rule.advice,
         )
         if len(sites) > 1:
             pattern = strongest.local.replace("*", _braces(layers["layers"]), 1)
