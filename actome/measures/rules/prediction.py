@@ -45,7 +45,8 @@ RULES = (
         _miscalibration,
         "Guo et al. 2017, On Calibration of Modern Neural Networks",
         "Confidence and accuracy differ. Overconfidence above zero is usual on text unlike the training text, and "
-        "after preference tuning: rescale the logits by a temperature fitted on held-out text before using probabilities.",
+        "after preference tuning: rescale the logits by a temperature fitted on held-out text before using them as "
+        "probabilities.",
     ),
     Rule(
         "repetition",
@@ -53,6 +54,7 @@ RULES = (
         _repetition,
         "Gopalani and Hu 2025, What Happens During the Loss Plateau?",
         "The model predicts the same token again and again where the text does not. In training it marks a plateau: "
-        "look at the tokens' cosine and the heads' entropy; after training look at the text's encoding and the checkpoint.",
+        "look at the tokens' cosine and the heads' entropy; after training look at the text's encoding and the "
+        "checkpoint.",
     ),
 )
