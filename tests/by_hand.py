@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tiny import TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -141,6 +142,17 @@ _WHISPER_DECODER = replace(
     norm="model.decoder.layer_norm",
 )
 
+_SUBJECT = Column(
+    "blocks",
+    attn="attn",
+    o="attn.out",
+    gate="mlp.up",
+    down="mlp.down",
+    router="mlp.router",
+    embed="embed",
+    norm="norm",
+)
+
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "gpt2": (replace(_GPT, attn="attn", o="attn.c_proj", gate="mlp.c_fc", down="mlp.c_proj", embed="transformer.wte"),),
     "pythia": (replace(_NEOX, parallel=True),),
@@ -180,6 +192,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             _LLAMA, blocks="backbone.layers", down="mixer.out_proj", embed="backbone.embeddings", norm="backbone.norm_f"
         ),
     ),
+    **dict.fromkeys((name for name in TINY if name.startswith("subject-")), (_SUBJECT,)),
+    "subject-gated-rotary": (replace(_SUBJECT, half=True),),
+    "subject-bidirectional": (replace(_SUBJECT, causal=False),),
     "bert": (_BERT,),
     "roberta": (replace(_BERT, blocks="roberta.encoder.layer", embed="roberta.embeddings.word_embeddings"),),
     "modernbert": (
@@ -304,6 +319,17 @@ def tilted(pattern: Tensor, change: Tensor) -> Tensor:
     return raised / (raised.sum(dim=-1, keepdim=True) + sink)
 
 
+def separate(module: nn.Module, scores: Tensor) -> Tensor:
+    """The causal pattern of a subject whose attention is no softmax, from its scores without a mask."""
+    past = torch.ones(scores.shape[-2:], dtype=scores.dtype).tril()
+    pattern = {"sigmoid": torch.sigmoid, "relu": torch.relu, "linear": lambda x: x}[module.kind](scores) * past
+    if module.scale == "keys":
+        pattern = pattern / past.sum(dim=-1, keepdim=True)
+    elif module.scale == "sum":
+        pattern = pattern / pattern.abs().sum(dim=-1, keepdim=True)
+    return pattern
+
+
 @contextmanager
 def attention(module: nn.Module, part: str, delta: Tensor, causal: bool) -> Iterator[None]:
     """Adds `delta` to one part of one attention module, whatever way it computes attention."""
@@ -321,7 +347,12 @@ def attention(module: nn.Module, part: str, delta: Tensor, causal: bool) -> Iter
         if part in "qkv":
             return inner(q, k, v)
         pattern = pattern_of(q, k, v)
-        pattern = tilted(pattern, delta) if part == "scores" else pattern + delta
+        if part == "pattern":
+            pattern = pattern + delta
+        elif getattr(module, "kind", "softmax") == "softmax":
+            pattern = tilted(pattern, delta)
+        else:
+            pattern = separate(module, q @ k.mT * module.d_head**-0.5 + delta)
         return pattern @ v.repeat_interleave(pattern.shape[1] // v.shape[1], dim=1)
 
     def patched_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The papers registry, its two reproductions at smoke scale, and the world and model that one of them is made of."""
+"""The papers registry, its reproductions at smoke scale, and the world that one of them is made of."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import torch
 from actome.papers import PaperError, entries, find, run
 from actome.papers.lac_voids import used_layers
 from actome.tasks.backcopy import Backcopy
-from actome.tasks.tiny import Tiny, TinyConfig, loss, train
 
 
 def test_entries_are_complete_and_found_by_slug_and_number():
@@ -102,50 +101,3 @@ def test_backcopy_floor_is_the_loss_of_the_one_who_knows():
 def test_backcopy_refuses_a_world_without_ordinary_tokens():
     with pytest.raises(ValueError, match="no two ordinary tokens"):
         Backcopy(vocab=4, triggers=3)
-
-
-# -- the tiny decoder -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"attention": "sigmoid"}, {"key_bias": True}], ids=str)
-def test_tiny_is_causal_and_its_rows_sum_to_what_they_should(options):
-    torch.manual_seed(0)
-    model = Tiny(TinyConfig(vocab=11, d_model=8, heads=2, layers=2, context=10, **options)).eval()
-    seen = []
-    model.blocks[1].attn.pattern.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
-    tokens = torch.randint(0, 11, (3, 10))
-    changed = tokens.clone()
-    changed[:, -1] = (changed[:, -1] + 1) % 11
-    with torch.no_grad():
-        assert torch.equal(model(tokens)[:, :-1], model(changed)[:, :-1])
-    rows = seen[0].sum(-1)
-    assert not bool(seen[0].triu(1).any())
-    if options.get("attention") == "sigmoid":
-        assert bool((rows.max() > 1.5).item())
-    elif options.get("key_bias"):
-        assert bool((rows < 1).all())
-    else:
-        assert torch.allclose(rows, torch.ones_like(rows), atol=1e-6)
-
-
-def test_tiny_softmax_attention_is_the_textbook_one():
-    torch.manual_seed(1)
-    attention = Tiny(TinyConfig(vocab=5, d_model=8, heads=2, context=6)).blocks[0].attn
-    x = torch.randn(2, 6, 8)
-    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=-1))
-    z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert torch.allclose(attention(x), attention.out(z.transpose(1, 2).flatten(-2)), atol=1e-6)
-
-
-def test_tiny_training_learns_and_impossible_configurations_are_refused():
-    world = Backcopy(vocab=12, triggers=2)
-    torch.manual_seed(0)
-    model = Tiny(TinyConfig(vocab=12, d_model=16, context=16))
-    heldout = world.sample(64, 16, seed=9)
-    before = float(loss(model, heldout).detach())
-    train(model, world.sample(32 * 60, 16, seed=1), lr=1e-2)
-    assert float(loss(model, heldout).detach()) < before - 0.3
-    with pytest.raises(ValueError, match="sigmoid"):
-        TinyConfig(vocab=4, attention="sigmoid", key_bias=True)
-    with pytest.raises(ValueError, match="multiple"):
-        TinyConfig(vocab=4, d_model=10, heads=3)

@@ -13,6 +13,8 @@ import torch
 import transformers as tf
 from torch import nn
 
+from actome.tasks import Subject, SubjectConfig
+
 BATCH, LENGTH, VOCAB = 2, 7, 64
 IMAGE, PATCH, MELS, FRAMES = 8, 4, 8, 12
 
@@ -57,6 +59,18 @@ _T5 = {
     "num_heads": 4,
     "dropout_rate": 0.0,
     "decoder_start_token_id": 0,
+}
+_SUBJECT = {"vocab": VOCAB, "d_model": 24, "layers": 3, "heads": 4, "d_mlp": 40, "context": 64}
+# Every attention, MLP, norm and position scheme at least once.
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "subject-gated-rotary": {"mlp": "gated", "act": "silu", "positions": "rotary", "d_head": 8},
+    "subject-sigmoid": {"attention": "sigmoid", "act": "relu", "bias": True},
+    "subject-relu": {"attention": "relu", "attention_scale": "keys", "qk_norm": True, "positions": "sinusoidal"},
+    "subject-linear": {"attention": "linear", "attention_scale": "sum", "norm": "none", "positions": "none"},
+    "subject-attention-only": {"mlp": "none", "tied": True},
+    "subject-moe": {"mlp": "gated", "act": "silu", "experts": 4, "d_mlp": 32},
+    "subject-alibi": {"positions": "alibi", "norm": "layer"},
+    "subject-key-bias": {"key_bias": True, "qk_norm": True},
 }
 _WHISPER = _WORDS | {
     "d_model": 24,
@@ -155,7 +169,11 @@ _BUILD: dict[str, Callable[[], nn.Module]] = {
     "mamba": lambda: tf.MambaForCausalLM(
         tf.MambaConfig(**_WORDS, hidden_size=24, state_size=4, num_hidden_layers=2, time_step_rank=3)
     ),
+    **{
+        name: lambda options=options: Subject(SubjectConfig(**_SUBJECT | options)) for name, options in SUBJECTS.items()
+    },
     "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**_BERT)),
+    "subject-bidirectional": lambda: Subject(SubjectConfig(**_SUBJECT, causal=False, positions="rotary")),
     "roberta": lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**_BERT)),
     "modernbert": lambda: tf.ModernBertForMaskedLM(
         tf.ModernBertConfig(

@@ -12,6 +12,7 @@ while their attention module runs (`FunctionSeam`).
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
 from .errors import SiteError
 from .taps import Kind, Point, Tap, mode_during
@@ -28,6 +29,32 @@ from .taps import Kind, Point, Tap, mode_during
 _SEAMS: dict[nn.Module, RegistrySeam] = {}
 _REPLACED: dict[str, Any] = {}
 _NOTHING = object()
+# The functions that make a pattern of scores, their first argument.
+_WEIGHS: set[Callable[..., Tensor]] = {F.softmax, torch.softmax, Tensor.softmax}
+
+
+def weighs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Declares that an eager attention function makes its pattern of its scores by this function: no softmax, then.
+
+    Args:
+        function: takes scores (batch, head, query, key) first and returns the pattern of the same shape. Where a query
+            may not look, scores are the lowest number of their dtype.
+
+    >>> @weighs
+    ... def squared(scores):
+    ...     return scores.relu().square()
+    >>> squared(torch.tensor([[[[2.0, -1.0]]]])).tolist()
+    [[[[4.0, 0.0]]]]
+    """
+
+    @functools.wraps(function)
+    def seen(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if has_torch_function_unary(scores):
+            return handle_torch_function(seen, (scores,), scores, *args, **kwargs)  # type: ignore[no-any-return]
+        return function(scores, *args, **kwargs)
+
+    _WEIGHS.add(seen)
+    return seen
 
 
 class AttentionPoint(Point):
@@ -153,14 +180,14 @@ class RegistrySeam(_Seam):
 
 
 class _SoftmaxSeam(TorchFunctionMode):
-    """Lets the taps of `scores` see what an eager attention function gives to its softmax."""
+    """Lets the taps of `scores` see what an eager attention function gives to its softmax, or what it has for one."""
 
     def __init__(self, point: AttentionPoint, keys: int):
         self.point, self.keys = point, keys
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (F.softmax, torch.softmax, Tensor.softmax) and args[0].ndim == 4:
+        if func in _WEIGHS and args[0].ndim == 4:
             scores = args[0]
             # A learnt sink stands as one more column behind the keys; it is no score of a token.
             extra = scores[..., self.keys :]

@@ -65,6 +65,7 @@ class Family:
         stacks: its stacks, in the order in which the forward runs them.
         bases: the path prefixes that its smaller classes lack, such as ``model`` in ``LlamaModel``.
         when: config values that tell this variant from others of the same model type.
+        home: the module that makes the family known to transformers, where transformers does not ship it.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Family:
     stacks: tuple[Stack, ...]
     bases: tuple[str, ...] = ("model",)
     when: Mapping[str, object] = field(default_factory=dict)
+    home: str | None = None
 
 
 _STREAM = {"resid.pre": "@in", "resid.post": "@out"}
@@ -208,6 +210,20 @@ _WHISPER_DECODER = _WHISPER | {
     "cross.out": "encoder_attn@out",
     "resid.cross": "final_layer_norm@in|inplace",
 }
+
+# The small transformer of `actome.tasks`. Attention-only blocks have no MLP, and dense ones no mixture of experts.
+_SUBJECT = _STREAM | {
+    "attn": "attn@attention",
+    "attn.z": "attn.out@in|heads",
+    "attn.out": "attn@out",
+    "resid.mid": "norm_mlp@in|inplace",
+    "mlp.pre": "mlp.act@in",
+    "mlp.act": "mlp.down@in",
+    "mlp.out": "mlp@out",
+    "moe.router": "mlp.router@router",
+    "moe.experts": "mlp.experts@experts",
+}
+_SUBJECT_TOP = {"embed": "embed@out", "final_norm": "norm@out", "logits": "unembed@out"}
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -512,6 +528,21 @@ FAMILIES: tuple[Family, ...] = (
         ),
         # The bare encoder is a class of its own, and audio classifiers hold one directly.
         bases=("model", "model.encoder"),
+    ),
+    Family(
+        "subject, bidirectional",
+        ("actome_subject",),
+        (Stack("blocks", _SUBJECT, _SUBJECT_TOP, causal=False),),
+        bases=(),
+        when={"causal": False},
+        home="actome.tasks.subject",
+    ),
+    Family(
+        "subject",
+        ("actome_subject",),
+        (Stack("blocks", _SUBJECT, _SUBJECT_TOP),),
+        bases=(),
+        home="actome.tasks.subject",
     ),
 )
 

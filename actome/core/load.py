@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from .errors import LoadError
+from .families import FAMILIES
 from .model import Model
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -70,6 +72,7 @@ def load(
     local = directory.exists() or place.startswith((".", "/", "~"))
     if local:
         _check_directory(directory, allow_pickle)
+        _introduce(directory)
         place = str(directory)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -124,6 +127,17 @@ def _check_directory(path: Path, allow_pickle: bool) -> None:
         raise LoadError(f"{path} has a config.json but no weights (*.safetensors)")
     for shard in shards:
         check_safetensors(shard)
+
+
+def _introduce(path: Path) -> None:
+    """Makes transformers know the family of a checkpoint, where that family is actome's own."""
+    try:
+        model_type = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError):
+        return  # transformers says what is wrong with it
+    for family in FAMILIES:
+        if family.home is not None and model_type in family.model_types:
+            importlib.import_module(family.home)
 
 
 def check_safetensors(path: Path) -> None:

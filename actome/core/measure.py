@@ -117,8 +117,8 @@ class Measure(Fold):
         """Why this measure cannot be taken at a site, or ``None`` when it can."""
         return None
 
-    def at(self, site: Site) -> Measure:
-        """This measure as a site wants it, for those that must know something of the site, such as its heads."""
+    def at(self, sites: Sequence[Site]) -> Measure:
+        """This measure as sites of one shape want it, for those that must know something of them, such as their heads."""
         return self
 
     def statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:

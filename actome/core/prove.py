@@ -1,8 +1,8 @@
 """Proof: one small forward on the model at hand that says which of the sites hold.
 
 A site is offered only when the forward reached it exactly once and its algebra held: ``resid.post[i]`` equals
-``resid.pre[i+1]``, ``resid.mid - resid.pre`` equals ``attn.out``, rows of ``pattern`` sum to (at most) one and
-``pattern @ v`` equals ``z``, and what goes through a projection comes out of it.
+``resid.pre[i+1]``, ``resid.mid - resid.pre`` equals ``attn.out``, ``pattern @ v`` equals ``z`` (where these are
+not to be had, rows of ``pattern`` sum to at most one), and what goes through a projection comes out of it.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def _broken(values: dict[str, Tensor]) -> list[str]:
             if pre is None or out is None or not close(value, pre + out):
                 broken.append(name)
         elif last == "pattern":
-            total = value.float().sum(dim=-1)
             v, z = values.get(base + ".v"), values.get(base + ".z")
-            bad = bool((total > 1.02).any())
             if v is not None and z is not None:
                 v = v.repeat_interleave(value.shape[1] // v.shape[1], dim=1)
-                bad = bad or not close(torch.matmul(value.to(v.dtype), v).transpose(1, 2), z)
+                bad = not close(torch.matmul(value.to(v.dtype), v).transpose(1, 2), z)
+            else:
+                bad = bool((value.float().sum(dim=-1) > 1.02).any())
             if bad:
                 broken += [name, f"{base}.scores"]
         elif last == "z":
@@ -197,6 +197,8 @@ def probe_inputs(root: nn.Module) -> dict[str, Tensor]:
         if getattr(config, "is_encoder_decoder", False) and not type(root).__name__.endswith("Encoder"):
             inputs["decoder_input_ids"] = ids(config.vocab_size)[:1]
         return inputs
+    if main == "inputs_embeds":
+        return {"inputs_embeds": torch.randn((2, 5, config.d_in), generator=generator).to(weight)}
     if main == "input_ids":
         inputs = {"input_ids": ids(text.vocab_size)}
         if getattr(config, "model_type", None) == "clip":

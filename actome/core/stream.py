@@ -122,7 +122,7 @@ def measure(
         >>> table.value("rms").shape[0] == model.layers
         True
     """
-    streams, skipped = _plan(model, measures)
+    streams, skipped = plan(model, measures)
     taps = [tap for stream in streams for tap in stream.taps()]
     last = _last(model, streams)
     if last is not None:
@@ -147,7 +147,8 @@ def _stop(x: Tensor) -> None:
     raise StopForward
 
 
-def _plan(model: Model, measures: Any) -> tuple[list[_Stream], list[str]]:
+def plan(model: Model, measures: Any) -> tuple[list[_Stream], list[str]]:
+    """The streams of what `measure` is asked for, and what a panel asks for that this model has no place for."""
     if not hasattr(measures, "entries"):
         streams, skipped = _streams(model, measures.items(), lenient=False)
     else:
@@ -168,17 +169,17 @@ def _streams(model: Model, entries: Iterable[tuple[Any, Any]], lenient: bool) ->
         patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         try:
             sites = _match(model, patterns)
-        except SiteError as error:
+        except SiteError:
             if not lenient:
                 raise
-            skipped.append(f"{', '.join(patterns)}: {error}")
+            skipped.append(f"{', '.join(patterns)}: this model has no such site")
             continue
         for one in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
             one = one if isinstance(one, Measure) else one()
             for group in _groups(sites, one.layout):
                 reason = one.fits(group[0]) or _misfit(one, group[0])
                 if reason is None:
-                    streams.append(_Stream(one.at(group[0]), group))
+                    streams.append(_Stream(one.at(group), group))
                 elif lenient:
                     skipped.append(f"{type(one).__name__} at {group[0].local}: {reason}")
                 else:

@@ -5,7 +5,7 @@ except after one of a few trigger tokens: what follows a trigger is the token th
 attention head has work to do on triggers (look back by one) and none elsewhere, and where it has none, softmax still
 makes it put its weight somewhere.
 
-Source: Guo et al. 2024, "Active-Dormant Attention Heads", section 2 (the bigram-backcopy task).
+Source: Guo et al. 2024, "Active-Dormant Attention Heads" (the bigram-backcopy task).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Both features are independent, equally frequent, spread over equally many input 
 differs is how hard they are to compute, how often they are present, and which one is asked for first; so what a network
 then gives more of its activations to is its own bias.
 
-Source: Lampinen et al. 2024, "Learned feature representations are biased by complexity, learning order, position, and
-more", section 2.
+Source: Lampinen, Chan and Hermann 2024, "Learned feature representations are biased by complexity, learning order,
+position, and more".
 """
 
 from __future__ import annotations

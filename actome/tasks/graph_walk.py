@@ -3,8 +3,8 @@
 What a token means is known only from its company in the sequence. If a model's representations of the tokens come to
 lie like the nodes of the graph, they were arranged in context.
 
-Source: Park et al. 2025, "ICLR: In-Context Learning of Representations", section 2 (grid, ring and hexagonal graphs;
-walks and random neighbour pairs).
+Source: Park et al. 2025, "ICLR: In-Context Learning of Representations" (grid, ring and hexagonal graphs; walks and
+random neighbour pairs).
 """
 
 from __future__ import annotations

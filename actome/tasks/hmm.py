@@ -4,8 +4,9 @@ Hidden states follow a transition table, each emits a token by an emission table
 token is given by the forward algorithm, so that a model's predictions can be compared with the best possible ones at
 every position, and a probe of its states with the exact posterior over hidden states.
 
-Source: Rabiner 1989, "A Tutorial on Hidden Markov Models", equations 19 to 21 (scaled forward recursion) and 25
-(backward); Xie et al. 2022, "An Explanation of In-context Learning as Implicit Bayesian Inference", for the use.
+Source: Rabiner 1989, "A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition" (forward and
+backward recursions, scaled); Xie et al. 2022, "An Explanation of In-context Learning as Implicit Bayesian Inference",
+for the use.
 """
 
 from __future__ import annotations

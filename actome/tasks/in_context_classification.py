@@ -5,7 +5,7 @@ good, so that they can be stored in the weights. How often the context shows the
 classes there are and how much their exemplars vary decides which of the two a model learns.
 
 Source: Reddy 2024, "The mechanistic basis of data dependence and abrupt learning in an in-context classification
-task", section 2; Singh et al. 2024, "What needs to go right for an induction head?", section 2 (labels redrawn).
+task"; Singh et al. 2024, "What needs to go right for an induction head?" (labels redrawn).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ With maps from a Gaussian prior the best predictor is ridge regression; with one
 mean over those D (dMMSE). A model trained on D maps lies somewhere between the two, which tells whether it has stored
 its tasks or learned to regress.
 
-Source: Garg et al. 2022, "What Can Transformers Learn In-Context?"; Raventos et al. 2023, "Pretraining task diversity
-and the emergence of non-Bayesian in-context learning for regression", equations 2 and 3 (dMMSE and ridge).
+Source: Garg et al. 2022, "What Can Transformers Learn In-Context?"; Raventós et al. 2023, "Pretraining task diversity
+and the emergence of non-Bayesian in-context learning for regression" (dMMSE and ridge).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ a head that does it is an induction head. The period varies from sequence to seq
 to look a fixed distance back and never forms the previous-token head that induction is made of.
 
 Source: Olsson et al. 2022, "In-context Learning and Induction Heads" (random repeated tokens); Hernandez et al. 2022,
-"Scaling Laws and Interpretability of Learning from Repeated Data" (Zipf tokens, prefix matching).
+"Scaling Laws and Interpretability of Learning from Repeated Data" (copying and prefix matching). Zipf tokens are ours.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Mirrored pairs (a, b) and (b, a) are always on the same side of the split: with 
 test of anything but commutativity.
 
 Source: Power et al. 2022, "Grokking: Generalization Beyond Overfitting on Small Algorithmic Datasets"; Nanda et al.
-2023, "Progress measures for grokking via mechanistic interpretability", section 3.
+2023, "Progress measures for grokking via mechanistic interpretability".
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Steps have random lengths, and some films stall for good before the end; how far each frame has come is known. Pictures
 of random objects, which have nothing to do with the task, train an encoder that has never seen progress.
 
-Source: own construction, for Sermanet et al. 2017, "Unsupervised Perceptual Rewards for Imitation Learning".
+Source: own construction, for Sermanet, Xu and Levine 2017, "Unsupervised Perceptual Rewards for Imitation Learning".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Objects are coloured glyphs, one shape and colour a class, or digits; background
 one transformation from every active family, and says which one and how much of it, so that invariance to a family can
 be trained in, measured, or made the label itself.
 
-Source: Speicher et al. 2024, "Understanding the Role of Invariance in Transfer Learning", section 3 (Transforms-2D).
+Source: Speicher, Nanda and Gummadi 2024, "Understanding the Role of Invariance in Transfer Learning" (Transforms-2D).
 """
 
 from __future__ import annotations

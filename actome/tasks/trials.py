@@ -111,7 +111,7 @@ def null(
 ) -> Null:
     """A statistic of pairs against its values when the pairing is broken by permuting `y`; large is extreme.
 
-    Source: Phipson and Smyth 2010 (the p-value counts the observed figure).
+    Source: Phipson and Smyth 2010, Permutation P-values Should Never Be Zero (the p-value counts the observed figure).
 
     >>> x = torch.arange(20.0)
     >>> null(lambda a, b: float((a * b).mean()), x, x, permutations=99).p

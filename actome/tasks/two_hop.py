@@ -4,7 +4,7 @@ Every single fact is in the training data, and so are most compositions of two; 
 that it knows is asked on those held out.
 
 Source: Press et al. 2023, "Measuring and Narrowing the Compositionality Gap in Language Models"; Wang et al. 2024,
-"Grokked Transformers are Implicit Reasoners", section 3 (atomic and inferred facts).
+"Grokked Transformers are Implicit Reasoners" (atomic and inferred facts).
 """
 
 from __future__ import annotations
