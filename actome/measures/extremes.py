@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens
 from .sparsity import count_above
 
@@ -35,9 +36,9 @@ class MassiveActivations(Measure):
     massive_unit_share (\*stack, unit), massive_position_share (\*stack, positions + 1), the last not in tables. A site
     that is mostly zero has a median of 0 and an infinite ratio; the measure is meant for the residual stream.
 
-    Source: ratio of means after Hidden Dynamics of Massive Activations in Transformer Training; the phenomenon after
-    Sun et al. 2024, Massive Activations in Large Language Models, who call an activation massive above 100 and 1000
-    times the median.
+    Source: ratio of means after Gallego-Feliciano et al. 2025, Hidden Dynamics of Massive Activations in Transformer
+    Training; the phenomenon after Sun et al. 2024, Massive Activations in Large Language Models, who call an
+    activation massive above 100 and 1000 times the median.
 
     Example:
         >>> massive = MassiveActivations()
@@ -131,7 +132,8 @@ class OutlierChannels(Measure):
 
     Source: Dettmers et al. 2022, LLM.int8(), and Ahmadian et al. 2023, Intriguing Properties of Quantization at Scale
     (magnitude above 6 at 6 % of tokens or more); their fixed magnitude is replaced by a multiple of the token's own
-    scale, so that the definition holds for models of any size. Channel against spike after Rotated Runtime Smooth.
+    scale, so that the definition holds for models of any size. Channel against spike after Yi et al. 2025,
+    Rotated Runtime Smooth.
 
     Example:
         >>> h = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0))
@@ -178,6 +180,25 @@ class OutlierChannels(Measure):
             "outlier_energy": ratio(double(stats["energy"]).where(outlier, 0.0).sum(-1), tokens),
             "outlier_frequency": frequency,
         }
+
+
+def outlier_dimensions(frequency: Tensor, tokens: float = 0.06, layers: float = 0.25) -> list[int]:
+    """The channels of the residual stream that stand out through much of a model, not only at one layer.
+
+    Args:
+        frequency: (layer, unit), share of tokens at which a unit stands out: `OutlierChannels` has it as
+            ``outlier_frequency``.
+        tokens: a channel stands out at a layer when it does so at this share of its tokens or more.
+        layers: it is an outlier dimension when it stands out at this share of the layers or more.
+
+    Source: Ahmadian et al. 2023, Intriguing Properties of Quantization at Scale, after Dettmers et al. 2022.
+
+    >>> outlier_dimensions(torch.tensor([[0.0, 0.9], [0.0, 0.8], [0.05, 0.0], [0.0, 0.0]]))
+    [1]
+    """
+    if frequency.ndim != 2:
+        raise MeasureError(f"frequency is (layer, unit), not {tuple(frequency.shape)}")
+    return (double(frequency >= tokens).mean(0) >= layers).nonzero().flatten().tolist()
 
 
 def lower_medians(x: Tensor, entries: list[int]) -> Tensor:

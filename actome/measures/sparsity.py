@@ -134,6 +134,84 @@ class DeadUnits(Measure):
         }
 
 
+class UnitFrequency(Measure):
+    r"""How often each unit is active, and whether silence is shared by all units or owed to dead ones.
+
+    With :math:`f_u` the share of tokens at which unit u is active, :math:`a_{tu} \neq 0`, or with `near` above 0
+    active in the sense of `Sparsity`:
+
+    - ``active``: mean of :math:`f_u`, the activation density; by layer, depth or checkpoint the *lazy-neuron curve*
+    - ``never_active``, ``always_active``: share of units with :math:`f_u = 0`, and with :math:`f_u \geq 0.99`
+    - ``silence_of_dead``: share of all silent activations that belong to units that were never active. Sparsity token
+      by token, as opposed to dead units, shows in a low ``active`` together with a low ``silence_of_dead``
+    - ``unit_frequency``: :math:`f_u`
+    - ``frequency_histogram``: share of units with :math:`f_u` in each of 20 equal bins from 0 to 1; not in tables
+
+    Over real tokens; those with a non-finite unit are left out. Like `DeadUnits.dead`, ``never_active`` depends on how
+    much text was seen: a unit that was active at none of N tokens may still be so at up to 3/N of them.
+
+    Args:
+        near: 0 counts what is exactly zero as silent, which suits ReLU; GELU and SiLU are never quite zero, and want
+            the relative threshold of `Sparsity`, 0.01 say.
+        always: from which frequency on a unit is called always active.
+
+    Shapes: x (\*stack, batch, pos, unit); unit_frequency (\*stack, unit), frequency_histogram (\*stack, 20), others
+    (\*stack).
+
+    Source: Li et al. 2023, The Lazy Neuron Phenomenon (share of nonzero entries by layer, and the histogram which
+    shows that it is not a matter of dead units).
+
+    Example:
+        >>> units = UnitFrequency()
+        >>> units.update(torch.tensor([[[1.0, 0.0, 0.0], [1.0, 0.0, 0.5]]]))
+        >>> {name: round(float(value), 2) for name, value in units.compute().items() if value.ndim == 0}
+        {'active': 0.5, 'never_active': 0.33, 'always_active': 0.33, 'silence_of_dead': 0.67}
+    """
+
+    reductions: ClassVar[dict[str, Reduction]] = {"tokens": "sum", "active": "sum"}
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {
+        "active": (),
+        "never_active": (),
+        "always_active": (),
+        "silence_of_dead": (),
+        "unit_frequency": ("unit",),
+        "frequency_histogram": ("bin",),
+    }
+    bins: ClassVar[int] = 20
+
+    def __init__(self, near: float = 0.0, always: float = 0.99, **options: object):
+        super().__init__(**options)
+        self.near = near
+        self.always = always
+
+    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """tokens: (); active: (unit), tokens at which a unit is active."""
+        kept = real_tokens(x, mask)
+        x_NU = kept.x.flatten(0, 1)
+        threshold_N1 = x_NU.new_zeros(len(x_NU), 1)
+        if self.near:
+            threshold_N1 = torch.linalg.vector_norm(x_NU, dim=-1, keepdim=True) * (self.near / x_NU.shape[-1] ** 0.5)
+        return {"tokens": kept.count, "active": count_above(x_NU, threshold_N1)}
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        tokens, active = stats["tokens"][..., None], stats["active"]
+        frequency = ratio(active, tokens)
+        seen = stats["tokens"] > 0
+        never = active == 0
+        # In whole numbers: a frequency that is the edge of a bin must not fall to either side by rounding.
+        bin_ = (active.long() * self.bins // tokens.long().clamp_min(1)).clamp_max(self.bins - 1)
+        histogram = torch.nn.functional.one_hot(bin_, self.bins).double().mean(-2)
+        return {
+            "active": frequency.mean(-1),
+            "never_active": double(never).mean(-1).where(seen, torch.nan),
+            "always_active": double(frequency >= self.always).mean(-1).where(seen, torch.nan),
+            "silence_of_dead": ratio(never.sum(-1) * stats["tokens"], (tokens - active).sum(-1)),
+            "unit_frequency": frequency,
+            "frequency_histogram": histogram.where(seen[..., None], torch.nan),
+        }
+
+
 def count_above(x_NU: Tensor, threshold_N1: Tensor) -> Tensor:
     """How many tokens each unit exceeds the token's threshold at, in absolute value: (unit), int64."""
     rows = max(1, (_CHUNK if x_NU.device.type == "cpu" else _CHUNK_ACCELERATOR) // x_NU.shape[-1])
