@@ -138,7 +138,7 @@ def _by_site(results: Iterable[MeasureResult]) -> Iterator[_Place]:
 
 def _verdicts(rule: Rule, places: list[_Place], limits: Thresholds) -> Iterator[tuple[Site, Verdict | None]]:
     for place in places:
-        if all(name in place.values for name in rule.needs):
+        if place.site.name.endswith(rule.only) and all(name in place.values for name in rule.needs):
             yield place.site, rule.judge(place.values, place.measures, limits)
 
 

@@ -44,6 +44,7 @@ class Rule:
         judge: from the values of one site, the measures they come from, and the thresholds, the verdict if any.
         source: where the phenomenon or the definition comes from.
         advice: what to do about it, where the verdict does not say.
+        only: the end of the names of the sites that it applies to; all when empty.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Rule:
     judge: Judge
     source: str
     advice: str
+    only: str = ""
 
 
 Judge = Callable[[Values, Measures, Thresholds], Verdict | None]

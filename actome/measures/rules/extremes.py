@@ -46,22 +46,26 @@ def _spike_outliers(values: Values, measures: Measures, limits: Thresholds) -> V
 
 
 def _quantisation_loss(values: Values, measures: Measures, limits: Thresholds) -> Verdict | None:
-    tensor, token, channel = (float(values[f"int8_{scale}_error"]) for scale in ("tensor", "token", "channel"))
-    if not tensor >= limits.int_error:
+    scales = ("tensor", "token", "channel")
+    error = {scale: float(values[f"int8_{scale}_error"]) for scale in scales}
+    lost = {scale: float(values[f"int8_{scale}_lost"]) for scale in scales}
+    # Some activations are so small that any scale loses them; what counts is what a finer one would keep.
+    spared = min(lost.values())
+    bad = {scale: error[scale] >= limits.int_error or lost[scale] - spared >= limits.int_lost for scale in scales}
+    if not bad["tensor"]:
         return None
-    evidence = {"int8_tensor_error": tensor, "int8_token_error": token, "int8_channel_error": channel}
-    evidence["int8_tensor_lost"] = float(values["int8_tensor_lost"])
+    evidence = {f"int8_{scale}_error": error[scale] for scale in scales}
+    evidence["int8_tensor_lost"] = lost["tensor"]
     where: dict[str, list[int]] = {}
     if "outlier_frequency" in values:
         units = indices(values["outlier_frequency"] >= measures["outlier_frequency"].share)
         if units:
             where["units"] = units
             evidence |= {"outlier_channels": float(len(units)), "outlier_energy": float(values["outlier_energy"])}
-    if token < limits.int_error:
-        return Verdict("info", tensor, evidence, where, _PER_TOKEN)
-    if channel < limits.int_error:
-        return Verdict("warning", tensor, evidence, where, _PER_CHANNEL)
-    return Verdict("warning", tensor, evidence, where, _NO_SCALE)
+    degree = max(error["tensor"], lost["tensor"] - spared)
+    if not bad["token"]:
+        return Verdict("info", degree, evidence, where, _PER_TOKEN)
+    return Verdict("warning", degree, evidence, where, _NO_SCALE if bad["channel"] else _PER_CHANNEL)
 
 
 _PER_TOKEN = (
@@ -84,8 +88,8 @@ RULES = (
         "massive-activations",
         ("massive_ratio", "massive_unit_share", "massive_position_share"),
         _massive_activations,
-        "Sun et al. 2024, Massive Activations in Large Language Models; Hidden Dynamics of Massive Activations in "
-        "Transformer Training",
+        "Sun et al. 2024, Massive Activations in Large Language Models; Gallego-Feliciano et al. 2025, Hidden Dynamics "
+        "of Massive Activations in Transformer Training",
         "Normal in pretrained transformers, where they act as fixed biases. Leave these positions out of averages over "
         "tokens and of calibration data; quantise per channel or per token; near the largest float16 do not run in "
         "float16.",
@@ -97,6 +101,8 @@ RULES = (
         "Dettmers et al. 2022, LLM.int8(); Ahmadian et al. 2023, Intriguing Properties of Quantization at Scale",
         "Quantise these sites per channel, smooth or rotate them first, or keep the channels in 16 bits; standardise "
         "channels before comparing tokens by cosine or distance.",
+        # Units of MLPs and heads are heavy-tailed by themselves; `quantisation-loss` names theirs where they do harm.
+        only="resid.post",
     ),
     Rule(
         "residual-peak",
@@ -116,7 +122,7 @@ RULES = (
     ),
     Rule(
         "quantisation-loss",
-        ("int8_tensor_error", "int8_token_error", "int8_channel_error", "int8_tensor_lost"),
+        tuple(f"int8_{scale}_{what}" for scale in ("tensor", "token", "channel") for what in ("error", "lost")),
         _quantisation_loss,
         "Yao et al. 2023, ZeroQuant-V2; Xiao et al. 2023, SmoothQuant; Dettmers et al. 2022, LLM.int8()",
         "Round with finer scales.",

@@ -50,7 +50,8 @@ RULES = (
         "idle-layers",
         ("movement", "cosine"),
         _idle_layers,
-        "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers; Void in Language Models",
+        "Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers; Shemiranifar 2025, Void in "
+        "Language Models",
         "The block adds next to nothing: it may have been initialised or trained out of use. Compare the loss with the "
         "block bypassed; if it stays, prune the block.",
     ),
@@ -70,5 +71,6 @@ RULES = (
         "Jha and Reagen 2025, Spectral Scaling Laws in Language Models",
         "Nearly all variance lies in a few directions of this width. A narrower layer or a low-rank down projection "
         "may do; check the loss with the leading directions alone before cutting.",
+        only="mlp.act",
     ),
 )

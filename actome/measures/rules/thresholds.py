@@ -30,11 +30,14 @@ class Thresholds:
             0.05 to 1.
         logit: magnitude of a logit from which on logits explode: bfloat16 then resolves no finer than 4, a factor of
             50 in probability.
-        logit_critical: Wortsman et al. 2024 see training diverge from about here.
+        logit_critical: from here on bfloat16 resolves no finer than 64. Ours; Wortsman et al. 2024 see training diverge
+            when *attention* logits come to about this.
         zero_share: share of exact zeros at live units from which on a layer is called sparse: below it, skipping them
             seldom pays. Ours.
         int_error: power of the rounding error over that of the activations from which on 8 bits are said to lose
             something: 1 %, a signal to noise ratio of 20 dB. Ours.
+        int_lost: share of activations that 8 bits round to zero and a finer scale would keep, from which on the same
+            is said: an outlier channel holds so much of the power that the error alone looks harmless. Ours.
         spike_share: share of tokens with a spike (`Spikes`) from which on they are told; one massive first token stays
             below it. Ours.
         value_drain: norm of the first token's value over that of the others below which a head's values are drained.
@@ -46,7 +49,8 @@ class Thresholds:
         sui: spectral utilisation below which a layer's width is called unused. Ours.
         sui_tokens: tokens a unit that must have been read for it to be judged.
         max_load: times its fair share that the busiest expert takes, from which on a mixture is unbalanced. Ours.
-        router_information: share of what a router could tell tokens apart, below which it does not. Ours.
+        router_information: share of what a router could tell tokens apart, below which it does not. Ours; fresh routers
+            show 0.04 and more.
         calibration_error: mean gap between confidence and accuracy from which on predictions are miscalibrated. Ours:
             pretrained language models are at 0.01 to 0.05.
         repetition: how much more often neighbouring predictions are the same than neighbouring tokens of the text,
@@ -67,6 +71,7 @@ class Thresholds:
     logit_critical: float = 1e4
     zero_share: float = 0.8
     int_error: float = 0.01
+    int_lost: float = 0.3
     spike_share: float = 0.05
     value_drain: float = 0.3
     residual_peak: float = 5.0
@@ -75,6 +80,6 @@ class Thresholds:
     sui: float = 0.02
     sui_tokens: float = 1.0
     max_load: float = 3.0
-    router_information: float = 0.05
+    router_information: float = 0.02
     calibration_error: float = 0.1
     repetition: float = 0.3
