@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens, wide
+
+if TYPE_CHECKING:
+    from ..core.sites import Site
 
 
 class TokenCollapse(Measure):
@@ -102,6 +105,10 @@ class RepetitionFrequency(Measure):
     def __init__(self, start: int = 0, **options: object):
         super().__init__(**options)
         self.start = start
+
+    def fits(self, site: Site) -> str | None:
+        """A model that sees the token to be predicted does not predict it."""
+        return None if site.causal else "its positions see the tokens that come after them"
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Counts of neighbours and of those that are the same, of predictions and of data; all ()."""
