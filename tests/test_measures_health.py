@@ -369,3 +369,11 @@ def test_every_measure_survives_constants():
     assert float(values(EffectiveRank(), x)["effective_rank"]) == pytest.approx(1, abs=1e-6)
     assert float(values(MassiveActivations(), x)["massive_ratio"]) == 1
     assert activations(generator(), 1, 1).shape == (1, 1, 24)
+
+
+def test_a_masked_word_is_no_large_logit_where_another_token_is_nan():
+    x = torch.zeros(1, 3, 5)
+    x[0, 0, 1], x[0, 1] = -torch.inf, torch.nan
+    measure = NextTokenLoss()
+    measure.update(x, None, torch.zeros(1, 3, dtype=torch.long))
+    assert float(measure.compute()["max_logit"]) == 0.0

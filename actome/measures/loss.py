@@ -115,7 +115,8 @@ def _scan(logits_BTV: Tensor, next_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             some = slice(at, min(at + rows, length))
             z = wide(logits_BTV[b, some])
             top, low = z.amax(-1, keepdim=True), z.amin(-1, keepdim=True)
-            if low.amin() == -math.inf:
+            # Not by the smallest of all, which is NaN where one token is.
+            if bool((low == -math.inf).any()):
                 low = z.masked_fill(z == -math.inf, math.inf).amin(-1, keepdim=True)
             total = torch.sub(z, top, out=exponentials[: len(z)]).exp_().sum(-1)
             log_z[b, some] = total.log_().add_(top[:, 0])
