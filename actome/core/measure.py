@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import MeasureError
 from .fold import Fold, Reduction
-from .real import Tokens, double, ratio, real_tokens, wide
+from .real import Tokens, all_norms, double, ratio, real_tokens, shared, token_norms, unit_peaks, wide
 from .table import MeasureResult, MeasureTable, tidy
 
 if TYPE_CHECKING:
@@ -33,9 +33,13 @@ __all__ = [
     "MeasureTable",
     "Reduction",
     "Tokens",
+    "all_norms",
     "double",
     "ratio",
     "real_tokens",
+    "shared",
+    "token_norms",
+    "unit_peaks",
     "wide",
 ]
 
@@ -99,7 +103,7 @@ class Measure(Fold):
         """What the statistics say; written by the subclass, pure, leading dims left in front."""
         raise NotImplementedError
 
-    def prepare(self, x: Tensor, previous: Tensor | None) -> Tensor:
+    def prepare(self, x: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """What is kept of one site until all have been reached, for the layouts ``"depth"`` and ``"sites"``.
 
         For ``"depth"`` (k, batch, pos), from the states of a layer and those before; for ``"sites"`` whatever the
@@ -108,6 +112,7 @@ class Measure(Fold):
         Args:
             x: (batch, pos, unit), the states at this site.
             previous: the same at the site before it; ``None`` at the first, and always for ``"sites"``.
+            mask: (batch, pos), ``None`` when all tokens are real.
         """
         if self.layout == "sites":
             return x.detach()
@@ -168,9 +173,9 @@ class Measure(Fold):
         each.
         """
         if self.layout == "depth":
-            x = torch.stack([self.prepare(x[i], x[i - 1] if i else None) for i in range(len(x))])
+            x = torch.stack([self.prepare(x[i], x[i - 1] if i else None, mask) for i in range(len(x))])
         elif self.layout == "sites":
-            x = [self.prepare(one, None) for one in x]
+            x = [self.prepare(one, None, mask) for one in x]
         self._absorb(self.statistics(x, mask, tokens))
 
     def rows(self, sites: Sequence[Site]) -> pd.DataFrame:

@@ -47,7 +47,7 @@ class _Stream:
 
         def feed_together(x: Tensor) -> None:
             x = canonical(x, site, "tokens")
-            self.layers.append(measure.prepare(x, self.previous))
+            self.layers.append(measure.prepare(x, self.previous, fitting(self.mask, x, "tokens")))
             if layout == "depth":
                 self.previous = x
 

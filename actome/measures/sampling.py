@@ -34,16 +34,19 @@ def sampled(kept: Tokens, mask_BT: Tensor | None, every: int, start: int = 0) ->
     >>> sampled(real_tokens(x), None, 2).x.flatten()
     tensor([0., 2., 4.])
     """
-    x_BTU = kept.x
-    if kept.keep is None:
+    return taken(kept.x, kept.keep, mask_BT, every, start)
+
+
+def taken(x_BTU: Tensor, keep_BT: Tensor | None, mask_BT: Tensor | None, every: int, start: int = 0) -> Sample:
+    """The same of any tensor and of the tokens that `keep_BT` names, ``None`` for all."""
+    if keep_BT is None:
         x_BTU = x_BTU[:, start::every]
         row_B = torch.arange(len(x_BTU), device=x_BTU.device)
         return Sample(x_BTU.flatten(0, 1), row_B.repeat_interleave(x_BTU.shape[1]))
-    wanted_BT = kept.keep
     if every > 1 or start:
         at_BT = torch.arange(x_BTU.shape[1], device=x_BTU.device) if mask_BT is None else mask_BT.long().cumsum(-1) - 1
-        wanted_BT = wanted_BT & (at_BT >= start) & ((at_BT - start) % every == 0)
-    row, at = wanted_BT.nonzero(as_tuple=True)
+        keep_BT = keep_BT & (at_BT >= start) & ((at_BT - start) % every == 0)
+    row, at = keep_BT.nonzero(as_tuple=True)
     return Sample(x_BTU[row, at], row)
 
 

@@ -1,4 +1,4 @@
-"""In how many directions the activations of a site spread."""
+"""In how many directions the activations of a site spread, and how evenly."""
 
 from __future__ import annotations
 
@@ -12,13 +12,112 @@ from torch import Tensor
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens
 from ..core.sites import STREAM_DIMS, Site
+from .moments import eigenvalues, moments
+from .sketch import directions, nystrom, sketch
+from .spectral import Eigenvalues, entropy_rank, leading_share, participation_ratio, power_law, trace_share_missed
 
-# Eigenvalues below this share of the scatter around the mean are the rounding of the float32 products it is made of;
-# below the other share of everything, that of float64.
-_ROUNDING, _ROUNDING_DOUBLE = 1e-7, 1e-13
+
+class SecondMoments(Measure):
+    """Base of the measures that need only the second moments of the tokens, exact or sketched.
+
+    Up to `max_width` units the (unit, unit) matrix is kept; beyond it a sketch (unit, `sketch`), see
+    `actome.measures.sketch`. What is not in the sketch is told by the value that a subclass calls ``sketch_error``.
+
+    Args:
+        max_width: units up to which the matrix is exact: U units hold U^2 float64 numbers, 34 MB for 2048, and cost U^3
+            operations once at the end.
+        sketch: columns of the sketch for wider sites, rounded up to a multiple of 8; ``None`` to refuse them.
+        every: of each row's real tokens take the first and every so-manieth after it. The first stands for itself and
+            each other for `every` tokens, so that a special first token weighs what it does in the whole.
+        seed: of the sketch's directions; only sketches of the same seed merge.
+    """
+
+    reductions: ClassVar[dict[str, Reduction]] = {
+        "tokens": "sum",
+        "weight": "sum",
+        "total": "sum",
+        "square": "sum",
+        "moment": "sum",
+    }
+
+    def __init__(
+        self, max_width: int = 2048, sketch: int | None = 256, every: int = 1, seed: int = 0, **options: object
+    ):
+        super().__init__(**options)
+        if every < 1 or (sketch is not None and sketch < 16):
+            raise MeasureError(f"every={every} and sketch={sketch}: take 1 and 16, or more, or sketch=None")
+        self.max_width, self.every, self.seed = max_width, every, seed
+        self.columns = None if sketch is None else -(-sketch // 8) * 8
+
+    def fits(self, site: Site) -> str | None:
+        """Without a sketch, too wide a site is refused."""
+        sizes = [site.size(dim) for dim in site.dims if dim not in STREAM_DIMS]
+        return self._too_wide(math.prod(size for size in sizes if size is not None))
+
+    def _too_wide(self, units: int) -> str | None:
+        if units <= self.max_width or self.columns is not None:
+            return None
+        return (
+            f"{units} units are more than {type(self).__name__}(max_width={self.max_width}, sketch=None) takes; give "
+            f"sketch=256, or a larger max_width, which needs {8e-6 * units**2:.0f} MB for each site"
+        )
+
+    def rows(self, x_NU: Tensor) -> Tensor:
+        """What is made of the tokens before their moments are taken; nothing unless a subclass says so."""
+        return x_NU
+
+    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
+        """tokens, weight, square: (); total: (unit); moment: (unit, unit) or (unit, columns), summed outer products."""
+        units = x.shape[-1]
+        if reason := self._too_wide(units):
+            raise MeasureError(reason)
+        x_NU, weight_N = self._taken(x, mask)
+        x_NU = self.rows(x_NU)
+        count = torch.full((), len(x_NU), device=x.device)
+        weight = double(count) if weight_N is None else double(weight_N).sum()
+        if self.columns is None or units <= max(self.max_width, self.columns):
+            total, moment = moments(x_NU, weight_N)
+            square = moment.diagonal().sum()
+        else:
+            total, moment, square = sketch(x_NU, self._directions(units, x.device), weight_N)
+        return {"tokens": count, "weight": weight, "total": total, "square": square, "moment": moment}
+
+    def _taken(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The tokens that count (token, unit), and for how many each of them stands."""
+        first_BT = None
+        if self.every > 1 and mask is None:
+            x = x[:, :: self.every]
+            first_BT = (torch.arange(x.shape[1], device=x.device) == 0).expand(x.shape[:2])
+        elif self.every > 1 and mask is not None:
+            at_BT = mask.cumsum(1) - 1
+            taken_BT = mask & (at_BT % self.every == 0)
+            x, first_BT, mask = x[taken_BT][None], (at_BT == 0)[taken_BT][None], None
+        kept = real_tokens(x, mask)
+        x_NU = kept.x.flatten(0, 1) if kept.keep is None else kept.x[kept.keep]
+        if first_BT is None:
+            return x_NU, None
+        first_N = first_BT.flatten() if kept.keep is None else first_BT[kept.keep]
+        return x_NU, torch.where(first_N, 1.0, float(self.every))
+
+    def _directions(self, units: int, device: torch.device) -> Tensor:
+        assert self.columns is not None
+        return directions(units, self.columns, self.seed, device)
+
+    def eigenvalues(self, stats: Mapping[str, Tensor]) -> tuple[Eigenvalues, Eigenvalues]:
+        """Around the mean and around zero."""
+        moment, total, weight, count = (stats[name] for name in ("moment", "total", "weight", "tokens"))
+        if moment.shape[-1] < moment.shape[-2]:
+            both = self._directions(moment.shape[-2], moment.device)
+            return nystrom(double(moment), both, double(stats["square"]), double(total), double(weight), count)
+        centred, around_zero = eigenvalues(moment, total, weight)
+        units = moment.shape[-1]
+        return (
+            Eigenvalues.all(centred, (count - 1).clamp(0, units)),
+            Eigenvalues.all(around_zero, count.clamp(max=units)),
+        )
 
 
-class EffectiveRank(Measure):
+class EffectiveRank(SecondMoments):
     r"""Effective rank of the activations (RankMe): the exponential of the entropy of their singular values.
 
     For the matrix of all N real tokens with singular values :math:`\sigma_k` and :math:`p_k = \sigma_k / \sum_j
@@ -31,11 +130,11 @@ class EffectiveRank(Measure):
     float32 products within a batch after its mean is taken out, float64 for the mean and over batches. Singular values
     below 0.0003 of the scatter around the mean are their rounding and count as 0. The matrix is not centred, so a large
     common mean lowers the rank. With fewer tokens than a few times the units, the rank says more of the text than of
-    the site. Tokens with a non-finite unit are left out.
+    the site. Tokens with a non-finite unit are left out. Sites wider than `max_width` are sketched (`SecondMoments`),
+    and the rank is then an estimate, see docs/measures/spectrum.md for how close.
 
     Args:
-        max_width: sites with more units are refused; U units hold U^2 float64 numbers, 134 MB for 4096, and the
-            eigenvalues cost U^3 operations once at the end.
+        max_width, sketch, every, seed: see `SecondMoments`; exact up to 4096 units by default.
 
     Shapes: x (\*stack, batch, pos, unit); both values (\*stack).
 
@@ -48,92 +147,118 @@ class EffectiveRank(Measure):
         3.0
     """
 
-    reductions: ClassVar[dict[str, Reduction]] = {"tokens": "sum", "total": "sum", "moment": "sum"}
     value_dims: ClassVar[dict[str, tuple[str, ...]]] = {"effective_rank": (), "effective_rank_share": ()}
 
     def __init__(self, max_width: int = 4096, **options: object):
-        super().__init__(**options)
-        self.max_width = max_width
-
-    def fits(self, site: Site) -> str | None:
-        """Too wide a site is refused rather than estimated."""
-        sizes = [site.size(dim) for dim in site.dims if dim not in STREAM_DIMS]
-        return self._too_wide(math.prod(size for size in sizes if size is not None))
-
-    def _too_wide(self, units: int) -> str | None:
-        if units <= self.max_width:
-            return None
-        return (
-            f"{units} units are more than EffectiveRank(max_width={self.max_width}) takes; "
-            f"a larger max_width needs {8e-6 * units**2:.0f} MB for each site"
-        )
-
-    def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
-        """tokens: (); total: (unit), the sum; moment: (unit, unit), summed outer products."""
-        if reason := self._too_wide(x.shape[-1]):
-            raise MeasureError(reason)
-        kept = real_tokens(x, mask)
-        x_NU = kept.x.flatten(0, 1) if kept.keep is None else kept.x[kept.keep]
-        total, moment = moments(x_NU)
-        return {"tokens": kept.count, "total": total, "moment": moment}
+        # Exact further than the other measures: this rank lives on small eigenvalues, of which a sketch knows little.
+        super().__init__(max_width=max_width, **options)
 
     def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the class."""
-        tokens = double(stats["tokens"])
-        rank = effective_rank(stats["moment"], stats["total"], tokens).where(tokens > 0, torch.nan)
+        return _rankme(self.eigenvalues(stats)[1], stats["tokens"])
+
+
+class Spectrum(SecondMoments):
+    r"""Ranks, concentration and decay of the eigenvalues of the activations' covariance, from one accumulator.
+
+    For the covariance (around the mean) with eigenvalues :math:`\lambda_k`, largest first, :math:`p_k = \lambda_k /
+    \sum_j \lambda_j`, over N real tokens of U units:
+
+    - ``effective_rank``, ``effective_rank_share``: RankMe, of singular values *around zero*, as `EffectiveRank`
+    - ``participation_ratio``: the hard rank :math:`1 / \sum_k p_k^2`
+    - ``shannon_rank``: the soft rank :math:`\exp(-\sum_k p_k \ln p_k)`, never below the hard one
+    - ``participation_utilisation``, ``shannon_utilisation``: both over U; ``sui``, the spectral utilisation index,
+      their harmonic mean
+    - ``spectral_concentration``: share of the variance in the leading eigenvalues, see `leading`
+    - ``stable_rank``: :math:`\lVert X \rVert_F^2 / \lVert X \rVert_2^2 = \sum_k \lambda_k / \lambda_1`, X centred
+    - ``alpha``, ``alpha_r2``: :math:`\lambda_k \propto k^{-\alpha}` fitted over ranks 11 to 50 (10 % to 50 % of the
+      eigenvalues above the rounding when they are fewer than 100), each weighing 1/k; NaN when fewer than 5 ranks are
+      left, for which min(N - 1, U) must be 12 or more
+    - ``spectrum`` (rank): the leading :math:`p_k`, at most `keep`; no rows in the table
+    - ``sketch_error``: share of the variance that the sketch does not resolve, 0 where the moments are exact
+    - ``tokens_per_unit``: N / U. Below about 20, ranks are those of the text: they are bound by N
+
+    NaN where nothing varies, as with a single token. **Under a sketch** (U > `max_width`) the trace is exact,
+    participation_ratio and stable_rank are accurate to about a percent, alpha and the leading eigenvalues to a few, and
+    the entropy ranks and a concentration that reaches beyond the resolved eigenvalues take the unresolved ones as gamma
+    distributed with their measured sum and square sum: docs/measures/spectrum.md gives the errors on known spectra.
+
+    Args:
+        leading: how many eigenvalues spectral_concentration takes: a share of U (0.1) or a number of them (8).
+        fit: first and last rank of alpha's fit, to set them by hand; NaN where there are fewer eigenvalues.
+        keep: how many eigenvalues ``spectrum`` gives at most.
+        max_width, sketch, every, seed: see `SecondMoments`.
+
+    Shapes: x (\*stack, batch, pos, unit); values (\*stack), ``spectrum`` (\*stack, rank).
+
+    Source: RankMe: Garrido et al. 2023, equation 1. alpha: Agrawal et al. 2022, alpha-ReQ, with the fit of Stringer et
+    al. 2019; both traced over training in Li et al. 2025, Tracing the Representation Geometry of Language Models.
+    Ranks, concentration and utilisation: Jha and Reagen 2025, Spectral Scaling Laws in Language Models (there the index
+    is not spelled out; the harmonic mean is how this library reads it). Stable rank: Rudelson and Vershynin 2007.
+
+    Example:
+        >>> x = torch.randn(4, 256, 16, generator=torch.Generator().manual_seed(0))
+        >>> spectrum = Spectrum()
+        >>> spectrum.update(x * torch.tensor([1.0] * 4 + [0.0] * 12))
+        >>> values = spectrum.compute()
+        >>> round(float(values["shannon_rank"])), round(float(values["shannon_utilisation"]), 2)
+        (4, 0.25)
+    """
+
+    value_dims: ClassVar[dict[str, tuple[str, ...]]] = {
+        "effective_rank": (),
+        "effective_rank_share": (),
+        "participation_ratio": (),
+        "shannon_rank": (),
+        "participation_utilisation": (),
+        "shannon_utilisation": (),
+        "sui": (),
+        "spectral_concentration": (),
+        "stable_rank": (),
+        "alpha": (),
+        "alpha_r2": (),
+        "spectrum": ("rank",),
+        "sketch_error": (),
+        "tokens_per_unit": (),
+    }
+
+    def __init__(self, leading: float = 0.1, fit: tuple[int, int] | None = None, keep: int = 128, **options: object):
+        super().__init__(**options)
+        if leading <= 0:
+            raise MeasureError(f"leading={leading}: give a share of the units (0.1) or a number of eigenvalues (8)")
+        if fit is not None and not 1 <= fit[0] < fit[1] - 3:
+            raise MeasureError(f"fit={fit}: give a first and a last rank, counted from 1, with 5 or more among them")
+        self.leading, self.fit, self.keep = leading, fit, keep
+
+    def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        centred, around_zero = self.eigenvalues(stats)
+        units = stats["total"].shape[-1]
+        trace = centred.trace
+        varies = trace > 0
+        leading = math.ceil(self.leading * units) if self.leading < 1 else int(self.leading)
+        hard, soft = participation_ratio(centred) / units, entropy_rank(centred) / units
+        alpha, good = power_law(centred, self.fit)
+        of_the_covariance = {
+            "participation_ratio": hard * units,
+            "shannon_rank": soft * units,
+            "participation_utilisation": hard,
+            "shannon_utilisation": soft,
+            "sui": 2 * hard * soft / (hard + soft),
+            "spectral_concentration": leading_share(centred, leading),
+            "stable_rank": trace / centred.known[..., 0],
+            "alpha": alpha,
+            "alpha_r2": good,
+            "sketch_error": trace_share_missed(centred),
+        }
         return {
-            "effective_rank": rank,
-            "effective_rank_share": ratio(rank, stats["tokens"].clamp(max=stats["moment"].shape[-1])),
+            **_rankme(around_zero, stats["tokens"]),
+            **{name: value.where(varies, torch.nan) for name, value in of_the_covariance.items()},
+            "spectrum": (centred.known / trace[..., None])[..., : self.keep],
+            "tokens_per_unit": (double(stats["tokens"]) / units).where(stats["tokens"] > 0, torch.nan),
         }
 
 
-def moments(x_NU: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of all rows and of their outer products, (unit) and (unit, unit) in float64, whatever their mean."""
-    if not len(x_NU):
-        nothing = double(x_NU.new_zeros(x_NU.shape[1]))
-        return nothing, nothing.outer(nothing)
-    # A common mean would drown the small directions in its rounding, so float64 takes care of it.
-    mean = x_NU.mean(0)
-    centred = x_NU - mean
-    mean = double(mean) + double(centred.mean(0))
-    return mean * len(x_NU), double(_gram(centred)).addr_(mean, mean, alpha=len(x_NU))
-
-
-def effective_rank(moment: Tensor, total: Tensor, tokens: Tensor) -> Tensor:
-    """The exponential of the entropy of the singular values.
-
-    Args:
-        moment: (*stack, unit, unit), summed outer products.
-        total: (*stack, unit), the sum of the tokens.
-        tokens: (*stack), how many.
-
-    >>> x = torch.tensor([[2.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
-    >>> round(float(effective_rank(x.T @ x, x.sum(0), torch.tensor(2.0))), 4)
-    2.0
-    """
-    # An overflow would make the decomposition fail; its rank is unknown.
-    known = moment.isfinite().all(-1).all(-1)
-    moment = double(moment).where(known[..., None, None], 0.0)
-    mean = total / tokens[..., None].clamp_min(1)
-    scatter = torch.linalg.matrix_norm(moment - total[..., :, None] * mean[..., None, :])[..., None]
-    eigenvalues = torch.linalg.eigvalsh(moment if moment.device.type != "mps" else moment.cpu()).to(moment.device)
-    floor = torch.maximum(_ROUNDING * scatter, _ROUNDING_DOUBLE * eigenvalues.amax(-1, keepdim=True))
-    singular = eigenvalues.where(eigenvalues > floor, 0.0).sqrt()
-    share = singular / singular.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1).exp().where(known, torch.nan)
-
-
-def _gram(x_NU: Tensor) -> Tensor:
-    units = x_NU.shape[1]
-    if units < 256 or x_NU.device.type != "cpu":
-        return x_NU.T @ x_NU
-    # Six blocks of nine: the other three are their mirror image.
-    out = x_NU.new_empty(units, units)
-    third = -(-units // 3)
-    spans = [slice(at, min(at + third, units)) for at in range(0, units, third)]
-    for i, rows in enumerate(spans):
-        for j, columns in enumerate(spans[i:], i):
-            torch.mm(x_NU[:, rows].T, x_NU[:, columns], out=out[rows, columns])
-            if j > i:
-                out[columns, rows] = out[rows, columns].T
-    return out
+def _rankme(around_zero: Eigenvalues, tokens: Tensor) -> dict[str, Tensor]:
+    rank = entropy_rank(around_zero, 0.5).where(tokens > 0, torch.nan)
+    return {"effective_rank": rank, "effective_rank_share": ratio(rank, around_zero.count)}
