@@ -1,7 +1,8 @@
-"""The report as one HTML page that needs no network: findings first, then depth, heads and numbers.
+"""The report as one HTML page that needs no network: findings first, then depth, heads, text and numbers.
 
-The page is a template with a style sheet and a short script beside it. The drawing library comes from the wheel of
-vl-convert and is put into the page once for all figures. Whatever a model, a text or a path is called is escaped.
+The page is a template with a style sheet and short scripts beside it. The drawing library comes from the wheel of
+vl-convert and is put into the page once for all figures. Whatever a model, a text or a path is called is escaped. The
+pages of single layers are made in the browser from the data that `actome.report.data` puts beside the figures.
 """
 
 from __future__ import annotations
@@ -17,42 +18,62 @@ from markupsafe import Markup
 
 from actome import __version__
 from actome.measures.findings import Finding
+from actome.report import band
+from actome.report.compare import Comparison
+from actome.report.data import page_data
+from actome.report.distributions import templates
 from actome.report.figures import Figure, figures
 from actome.report.scan import Scan, read_line
-from actome.report.words import grouped, kind_of, place_of, word
+from actome.report.words import GROUPS, grouped, kind_of, layer_page, place_of, stack_of, word
 
 _SECTIONS = {
-    "depth": ("Through the layers", "Layer -1 is the stream before the first block. Hover for the site and its value."),
-    "heads": ("Heads", "Each cell is one attention head. Hover for its place and value."),
+    "depth": ("Through the layers", "Layer -1 is the stream before the first block. Click a point to open its layer."),
+    "heads": ("Heads and experts", "Each cell is one of them. Click it to open its layer."),
+    "distributions": ("Distributions", "How large the activations are, and what is measured between sites."),
 }
+_SCRIPTS = ("page.js", "layer.js", "tokens.js", "filter.js")
+_MOST_CHANGES = 60
 
 
-def page(scan: Scan) -> str:
-    """The page of a scan.
+def page(scan: Scan, comparison: Comparison | None = None) -> str:
+    """The page of a scan, or of two of them.
+
+    Args:
+        comparison: of `scan` with another, which is then shown beside it.
 
     Returns:
         HTML of about a megabyte, nearly all of it the drawing library; it loads nothing.
     """
-    drawn = figures(scan)
+    drawn = figures(scan, comparison)
+    specs = {**{figure.key: figure.spec for figure in drawn}, **{f"layer:{k}": v for k, v in templates().items()}}
+    data = page_data(scan, comparison)
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         _asset("page.html")
     )
+    needed = bool(drawn or data["layers"])
     return template.render(
         version=__version__,
         model=scan.model,
         facts=_facts(scan.model),
         read=read_line(scan.text),
-        tiles=_tiles(scan),
+        tiles=_tiles(scan, comparison),
+        severities=_severities(scan),
         findings=[_findings(group) for group in grouped(scan.findings)],
+        comparison=None if comparison is None else _compared(comparison),
         sections=_sections(drawn),
+        band=band.about() if any(figure.note for figure in drawn) else "",
+        layers=data["layers"],
+        passage=scan.passage,
+        marks=_marks(scan.passage or {}),
         tables=_tables(scan.frame),
         skipped=scan.skipped,
         made=_made(scan),
-        # In a script element the text is not HTML: nothing in it may look like the end of the element.
-        specs=Markup(_in_script(json.dumps({figure.key: figure.spec for figure in drawn}, allow_nan=False))),
+        needed=needed,
+        specs=Markup(_in_script(json.dumps(specs, allow_nan=False))),
+        data=Markup(_in_script(json.dumps(data, allow_nan=False, separators=(",", ":")))),
         style=Markup(_asset("page.css")),
-        script=Markup(_asset("page.js")),
-        vega=Markup(_drawing_library() if drawn else ""),
+        scripts=Markup("\n".join(_asset(name) for name in _SCRIPTS)),
+        vega=Markup(_drawing_library() if needed else ""),
     )  # fmt: skip
 
 
@@ -69,6 +90,7 @@ def _drawing_library() -> str:
 
 
 def _in_script(data: str) -> str:
+    # In a script element the text is not HTML: nothing in it may look like the end of the element.
     return data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
@@ -81,19 +103,32 @@ def _facts(model: dict[str, Any]) -> list[str]:
     return [fact for fact in (*facts, str(model.get("dtype", "")), str(model.get("device", ""))) if fact]
 
 
-def _tiles(scan: Scan) -> list[dict[str, str]]:
+def _tiles(scan: Scan, comparison: Comparison | None) -> list[dict[str, str]]:
+    other = None if comparison is None else comparison.other
     tiles = []
     for name in ("loss", "perplexity", "max_logit"):
         rows = scan.values(name)
         if len(rows):
-            tiles.append({"name": word(name).title, "value": word(name).show(rows["value"].iloc[0]), "tone": ""})
-    for severity in ("critical", "warning", "info"):
-        count = sum(finding.severity == severity for finding in scan.findings)
+            before = other.values(name) if other is not None else rows.iloc[:0]
+            value = word(name).show(rows["value"].iloc[0])
+            beside = word(name).show(before["value"].iloc[0]) if len(before) else ""
+            tiles.append({"name": word(name).title, "value": value, "tone": "", "other": beside})
+    for severity, title in (("critical", "Critical findings"), ("warning", "Warnings"), ("info", "Notes")):
+        count = _number(scan, severity)
         tone = severity if count else "calm" if severity != "info" else ""
-        title = {"critical": "Critical findings", "warning": "Warnings", "info": "Notes"}[severity]
-        tiles.append({"name": title, "value": str(count), "tone": tone})
+        beside = str(_number(other, severity)) if other is not None else ""
+        tiles.append({"name": title, "value": str(count), "tone": tone, "other": beside})
     seconds = scan.run.get("seconds")
     return [*tiles, *([{"name": "Seconds", "value": f"{seconds:.1f}", "tone": ""}] if seconds is not None else [])]
+
+
+def _number(scan: Scan, severity: str) -> int:
+    return sum(finding.severity == severity for finding in scan.findings)
+
+
+def _severities(scan: Scan) -> list[tuple[str, str, int]]:
+    named = (("critical", "critical"), ("warning", "warnings"), ("info", "notes"))
+    return [(severity, name, count) for severity, name in named if (count := _number(scan, severity))]
 
 
 def _findings(group: list[Finding]) -> dict[str, Any]:
@@ -101,7 +136,9 @@ def _findings(group: list[Finding]) -> dict[str, Any]:
     places = [
         {
             "site": finding.site,
-            "place": place_of(finding.where),
+            "place": place_of({name: at for name, at in finding.where.items() if name != "layers"}),
+            "layers": _layer_links(finding),
+            "sought": " ".join([*finding.sites, kind_of(finding.sites[0])]),
             "evidence": [
                 (name.replace("_", " "), word(name).show(x) if isinstance(x, int | float) else str(x))
                 for name, x in finding.evidence.items()
@@ -115,15 +152,91 @@ def _findings(group: list[Finding]) -> dict[str, Any]:
         "places": places,
         "advice": first.advice,
         "source": first.source,
+        "values": " ".join(dict.fromkeys(name for finding in group for name in finding.evidence)),
     }
 
 
-def _sections(drawn: list[Figure]) -> list[dict[str, Any]]:
-    return [
-        {"key": key, "title": title, "lead": lead, "figures": [figure for figure in drawn if figure.group == key]}
-        for key, (title, lead) in _SECTIONS.items()
-        if any(figure.group == key for figure in drawn)
+def _layer_links(finding: Finding) -> list[dict[str, Any]]:
+    stack = stack_of(finding.site)
+    return [{"layer": n, "page": layer_page(stack, n)} for n in finding.where.get("layers", [])]
+
+
+def _compared(comparison: Comparison) -> dict[str, Any]:
+    changes = comparison.changes()
+    rows = [
+        {
+            "kind": row.kind,
+            "measure": row.measure,
+            "title": word(row.measure).title,
+            "says": word(row.measure).says,
+            "value": word(row.measure).show(row.value),
+            "other": word(row.measure).show(row.other),
+            "relative": _relative(row.relative),
+            "bar": f"{min(1.0, row.change) * 100:.0f}",
+            "up": row.difference > 0,
+            "site": row.most_site,
+            "most": f"{word(row.measure).show(row.most_other)} → {word(row.measure).show(row.most_value)}",
+        }
+        for row in changes[changes["change"] > 0].head(_MOST_CHANGES).itertuples()
     ]
+    return {
+        "name": str(comparison.other.model.get("name", "the other")),
+        "read": read_line(comparison.other.text),
+        "started": comparison.other.run.get("started", ""),
+        "notes": comparison.notes,
+        "rows": rows,
+        "same": int((changes["change"] == 0).sum()),
+        "gained": [(one.severity, one.id, one.site, place_of(one.where)) for one in comparison.gained],
+        "lost": [(one.severity, one.id, one.site, place_of(one.where)) for one in comparison.lost],
+    }  # fmt: skip
+
+
+def _relative(x: float) -> str:
+    if x in (float("inf"), float("-inf")):
+        return "from 0"
+    shown = f"×{1 + x:.3g}" if x >= 9 else f"{x:+.0%}" if abs(x) >= 1 else f"{x:+.1%}"
+    return shown.replace("%", " %").replace("-", "−")
+
+
+def _sections(drawn: list[Figure]) -> list[dict[str, Any]]:
+    """The sections, each with its figures by group, and the name of the group where figures of several stand."""
+    sections = []
+    for key, (title, lead) in _SECTIONS.items():
+        some = [figure for figure in drawn if figure.group == key]
+        groups = {figure.key: word(figure.measure).group for figure in some}
+        if some:
+            names = len(set(groups.values())) > 1
+            listed = [
+                (figure, groups[figure.key].replace("Other", "") if names else "")
+                for figure in sorted(some, key=_group_order)
+            ]
+            sections.append({"key": key, "title": title, "lead": lead, "figures": listed})
+    return sections
+
+
+def _group_order(figure: Figure) -> int:
+    group = word(figure.measure).group
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS)
+
+
+def _marks(passage: dict[str, Any]) -> dict[str, dict[int, str]]:
+    """What is to be said of single tokens, by position."""
+    massive: dict[int, list[str]] = {}
+    for one in passage.get("massive", []):
+        massive.setdefault(one["position"], []).append(f"layer {one['layer']} unit {one['unit']} (×{one['ratio']:g})")
+    sinks: dict[int, list[str]] = {}
+    for one in passage.get("sinks", []):
+        weight = word("attention_received").show(one["weight"])
+        sinks.setdefault(one["position"], []).append(f"layer {one['layer']} head {one['head']} ({weight})")
+    return {
+        "massive": {position: _short_list(said) for position, said in massive.items()},
+        "sinks": {position: _short_list(said) for position, said in sinks.items()},
+    }
+
+
+def _short_list(said: list[str]) -> str:
+    more = f" and {len(said) - 4} more" if len(said) > 4 else ""
+    return ", ".join(said[:4]) + more
 
 
 def _tables(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -135,14 +248,20 @@ def _tables(frame: pd.DataFrame) -> list[dict[str, Any]]:
     for kind, part in rows.groupby(kinds, sort=False):
         index = "site" if kind == "other sites" else "layer"
         wide = part.pivot_table(index=index, columns="measure", values="value", sort=False, dropna=False)
-        columns = [word(name) for name in wide.columns]
+        columns = [(str(name), word(name)) for name in wide.columns]
+        sites = dict(zip(part[index], part["site"], strict=True))
         tables.append(
             {
                 "title": kind,
                 "index": index,
                 "columns": columns,
                 "rows": [
-                    {"name": str(name), "cells": [w.show(value) for w, value in zip(columns, values, strict=True)]}
+                    {
+                        "name": str(name),
+                        "site": sites[name],
+                        "page": layer_page(stack_of(sites[name]), int(name)) if index == "layer" else "",
+                        "cells": [w.show(value) for (_, w), value in zip(columns, values, strict=True)],
+                    }
                     for name, values in zip(wide.index, wide.to_numpy(), strict=True)
                 ],
             }

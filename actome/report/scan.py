@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -16,23 +15,26 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from actome import __version__
-from actome.core.errors import ActomeError
+from actome.core.errors import ActomeError, nearest
 from actome.core.table import PLACES
 from actome.core.text import Text
-from actome.measures.findings import IDS, Finding, find
+from actome.measures.findings import IDS, Finding, Thresholds, find
 from actome.measures.panels import PANELS
+from actome.report.arrays import arrays_of
+from actome.report.passage import Peek, passage_of
+from actome.report.plain import COLUMNS, frame_of, lines, records, strict, typed, write
 from actome.tasks.corpus import documents
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from actome.core.model import Model
+    from actome.report.compare import Comparison
 
 SHIPPED_TEXT = "held-out manual and library source of Python"
 _MOST_UNITS = 100
 # Arguments of a forward that text does not give.
 _SENSES = {"pixel_values", "input_features", "input_values"}
-_COLUMNS = ["site", *PLACES, "measure", "value"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Scan:
             have a million others.
         findings: what stands out, the most severe first.
         skipped: what the panel measures and this model has no place for, with the reason.
+        arrays: values that are lists, such as histograms and spectra; see `actome.report.arrays.arrays_of`.
+        passage: a piece of the text with values of each token; see `actome.report.passage.passage_of`.
     """
 
     model: dict[str, Any]
@@ -56,23 +60,27 @@ class Scan:
     frame: pd.DataFrame = field(repr=False)
     findings: tuple[Finding, ...] = ()
     skipped: tuple[str, ...] = ()
+    arrays: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    passage: dict[str, Any] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The scan as plain data; keys are absent where they do not apply, and what is not a number is ``None``."""
         return {
             "actome": __version__,
-            "model": _strict(self.model),
-            "text": _strict(self.text),
-            "run": _strict({**self.run, "skipped": list(self.skipped)}),
-            "rows": _records(self.frame),
-            "findings": [_strict(finding.to_dict()) for finding in self.findings],
+            "model": strict(self.model),
+            "text": strict(self.text),
+            "run": strict({**self.run, "skipped": list(self.skipped)}),
+            "rows": records(self.frame),
+            "findings": [strict(finding.to_dict()) for finding in self.findings],
+            **({"arrays": [strict(one) for one in self.arrays]} if self.arrays else {}),
+            **({"passage": strict(self.passage)} if self.passage else {}),
         }
 
     def to_json(self) -> str:
         """`to_dict` as strict JSON: no NaN and no infinity in it, one row to a line."""
         data = self.to_dict()
         parts = [
-            f"{json.dumps(key)}: {_lines(value) if key in ('rows', 'findings') else json.dumps(value, allow_nan=False)}"
+            f"{json.dumps(key)}: {lines(value) if isinstance(value, list) else json.dumps(value, allow_nan=False)}"
             for key, value in data.items()
         ]
         return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -92,17 +100,19 @@ class Scan:
                 data["model"],
                 data["text"],
                 {key: value for key, value in run.items() if key != "skipped"},
-                _frame(data["rows"]),
+                frame_of(data["rows"]),
                 tuple(Finding.from_dict(one) for one in data["findings"]),
                 tuple(run.get("skipped", ())),
+                tuple(data.get("arrays", ())),
+                data.get("passage"),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             where = "this text" if is_text else str(source)
             raise ActomeError(f"{where} is no scan written by actome: {type(error).__name__} {error}") from error
 
     def save_json(self, path: str | Path) -> Path:
         """Writes `to_json` to a file, whose folders are made; returns its path."""
-        return _write(path, self.to_json())
+        return write(path, self.to_json())
 
     def to_html(self) -> str:
         """The scan as one page that needs no network."""
@@ -112,13 +122,28 @@ class Scan:
 
     def save_html(self, path: str | Path) -> Path:
         """Writes `to_html` to a file, whose folders are made; returns its path."""
-        return _write(path, self.to_html())
+        return write(path, self.to_html())
 
     def print(self, console: Console | None = None) -> None:
         """Prints the report to the terminal, or to a console of the rich library."""
         from actome.report.terminal import print_scan
 
         print_scan(self, console)
+
+    def compare(self, other: Scan) -> Comparison:
+        """This scan beside another, such as that of an earlier checkpoint; differences are this less the other.
+
+        Example:
+            >>> import actome as ac
+            >>> text = ["The value of the expression is returned. " * 20]
+            >>> after, before = ac.scan(ac.demo(), text), ac.scan(ac.demo(0), text)
+            >>> rows = after.compare(before).frame
+            >>> bool(rows.loc[rows["measure"] == "loss", "difference"].item() < 0)
+            True
+        """
+        from actome.report.compare import compare
+
+        return compare(self, other)
 
     def values(self, measure: str, *places: str) -> pd.DataFrame:
         """The rows of one measure that have exactly these places, in order.
@@ -142,6 +167,7 @@ def scan(
     panel: str = "health",
     thresholds: Mapping[str, float] | None = None,
     progress: Callable[[int], None] | None = None,
+    passage: bool = True,
 ) -> Scan:
     """Reads a text once and reports what the model's activations are like on it.
 
@@ -153,6 +179,8 @@ def scan(
         panel: name of a set of measures.
         thresholds: for findings, by name; those not given keep their defaults.
         progress: called with the number of tokens read so far.
+        passage: whether to read the beginning of the text once more, for values of each token (`Scan.passage`). It
+            costs about a second for a small model.
 
     Raises:
         ActomeError: for a panel that does not exist, a text without text, or a model that takes none.
@@ -169,9 +197,11 @@ def scan(
         text = default_text(model, limit=32_768)
     elif isinstance(text, str | Path) or (isinstance(text, list) and all(isinstance(one, str) for one in text)):
         text = Text(text, model.tokenizer, context=min(model.context or 512, 512))
+    limits = thresholds_of(thresholds)
+    peek = Peek(text) if isinstance(text, Text) else text
     started, start = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.perf_counter()
     try:
-        table = model.measure(text, PANELS[panel], progress=progress)
+        table = model.measure(peek, PANELS[panel], progress=progress)
     except (AttributeError, TypeError) as error:
         senses = sorted(_SENSES & set(inspect.signature(model.module.forward).parameters))
         if not senses or not isinstance(text, Text):
@@ -180,7 +210,8 @@ def scan(
             f"{model.name} does not run on text alone, it also reads {', '.join(senses)}: scan it from Python, with "
             "actome.scan(model, inputs), where inputs are its forward arguments"
         ) from error
-    found = find(table, thresholds)
+    found = find(table, limits)
+    shown = passage_of(model, peek.first, table, limits) if passage and isinstance(peek, Peek) else None
     run = {
         "panel": panel,
         "started": started,
@@ -188,7 +219,10 @@ def scan(
         "thresholds": dict(thresholds or {}),
         "versions": _versions(),
     }
-    return Scan(model.info, _source(text), run, _shown(table.frame, found), tuple(found), tuple(table.skipped))
+    rows = _shown(table.frame, found)
+    return Scan(
+        model.info, _source(text), run, rows, tuple(found), tuple(table.skipped), arrays_of(table), shown
+    )  # fmt: skip
 
 
 def _source(text: Any) -> dict[str, Any]:
@@ -219,63 +253,34 @@ def default_text(model: Model, **options: Any) -> Text:
 
 def _shown(frame: pd.DataFrame, found: list[Finding]) -> pd.DataFrame:
     """The rows without a unit, and those of units that a finding names."""
-    frame = frame.reindex(columns=_COLUMNS)
+    frame = frame.reindex(columns=COLUMNS)
     named = pd.DataFrame(
         [place for one in found for place in one.units()[:_MOST_UNITS]], columns=["site", "unit"]
     ).drop_duplicates()
     units = frame[frame["unit"].notna()].merge(named.astype({"unit": "Int64"}), on=["site", "unit"])
-    return _typed(pd.concat([frame[frame["unit"].isna()], units], ignore_index=True))
-
-
-def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.astype({**dict.fromkeys(PLACES, "Int64"), "value": "float64"})
-
-
-def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    return _typed(pd.DataFrame(rows).reindex(columns=_COLUMNS))
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    places = [(place, frame[place].astype(object).where(frame[place].notna(), None).tolist()) for place in PLACES]
-    return [
-        {
-            "site": site,
-            **{place: int(column[i]) for place, column in places if column[i] is not None},
-            "measure": measure,
-            "value": _strict(float(value)),
-        }
-        for i, (site, measure, value) in enumerate(
-            zip(frame["site"], frame["measure"], frame["value"], strict=True)
-        )
-    ]  # fmt: skip
-
-
-def _strict(value: Any) -> Any:
-    """Without what JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): _strict(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _lines(items: list[dict[str, Any]]) -> str:
-    return "[\n" + ",\n".join(json.dumps(item, allow_nan=False) for item in items) + "\n]" if items else "[]"
-
-
-def _write(path: str | Path, content: str) -> Path:
-    """Writes a whole file or none: an interruption leaves what was there before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(content, encoding="utf-8")
-    return part.replace(path)
+    return typed(pd.concat([frame[frame["unit"].isna()], units], ignore_index=True))
 
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
+
+
+def thresholds_of(changed: Mapping[str, float] | None) -> Thresholds:
+    """The thresholds for findings, with those that are changed.
+
+    Raises:
+        ActomeError: a threshold that does not exist; the nearest is named.
+
+    >>> thresholds_of({"dead_share": 0.1}).dead_share
+    0.1
+    """
+    known = Thresholds.__dataclass_fields__
+    for name in changed or {}:
+        if name not in known:
+            raise ActomeError(
+                f"there is no threshold {name!r}" + (nearest(name, known) or f"; there are: {', '.join(known)}")
+            )
+    return Thresholds(**(changed or {}))
 
 
 def finding_ids() -> list[str]:

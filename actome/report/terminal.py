@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.console import Console, Group
@@ -14,11 +15,15 @@ from rich.text import Text
 from actome.report.scan import Scan, read_line
 from actome.report.words import evidence_of, grouped, kind_of, place_of, word
 
+if TYPE_CHECKING:
+    from actome.report.compare import Comparison
+
 _STYLE = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 _MARK = {"critical": "✖", "warning": "▲", "info": "●"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_PLAIN = str.maketrans({"✖": "x", "▲": "!", "●": "*", "·": "-", "–": "-", "∞": "inf"})
+_PLAIN = str.maketrans({"✖": "x", "▲": "!", "●": "*", "·": "-", "–": "-", "−": "-", "→": "->", "×": "x", "∞": "inf"})
 _MOST_LAYERS = 40
+_MOST_CHANGES = 20
 
 # (value, kind of site) in the order in which columns appear, and whether a bar goes beside the number. Columns that
 # do not fit the terminal are left out from the end.
@@ -41,13 +46,25 @@ def print_scan(scan: Scan, console: Console | None = None) -> None:
     Args:
         console: where to; the terminal by default.
     """
-    console = console or Console()
+    _printed(lambda to: _print(scan, to), console or Console())
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Prints what differs between two scans.
+
+    Args:
+        console: where to; the terminal by default.
+    """
+    _printed(lambda to: _print_comparison(comparison, to), console or Console())
+
+
+def _printed(write: Callable[[Console], None], console: Console) -> None:
     ascii_only = console.options.ascii_only
     if console.is_terminal and not ascii_only:
-        _print(scan, console)
+        write(console)
         return
     with console.capture() as caught:
-        _print(scan, console)
+        write(console)
     # Padding to the full width is of no use in a file, nor is a sign that its encoding does not have.
     text = "\n".join(line.rstrip() for line in caught.get().split("\n"))
     console.file.write(text.translate(_PLAIN).encode("ascii", "replace").decode() if ascii_only else text)
@@ -65,6 +82,36 @@ def _print(scan: Scan, console: Console) -> None:
         console.print(rest)
     for reason in scan.skipped:
         console.print(Text(f"not measured: {reason}", style="dim"))
+
+
+def _print_comparison(comparison: Comparison, console: Console) -> None:
+    names = [str(scan.model.get("name", "model")) for scan in (comparison.this, comparison.other)]
+    console.print(Text.assemble("Compared with ", (names[1], "bold"), f", of {comparison.other.run.get('started')}"))
+    for note in comparison.notes:
+        console.print(_indented(Text(note, style="yellow")))
+    for title, mark, some in (("new", "+", comparison.gained), ("gone", "-", comparison.lost)):
+        for finding in some:
+            line = Text.assemble((f"{mark} {title:<5}", "bold"), (f"{finding.severity:<9}", _STYLE[finding.severity]))
+            line.append(f"{finding.id}  {finding.site}  ").append(place_of(finding.where), "dim")
+            console.print(_indented(line))
+    if not comparison.gained and not comparison.lost:
+        console.print(_indented(Text("The same findings.")))
+    changes = comparison.changes()
+    changed = changes[changes["change"] > 0]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("mean over layers", "site"):
+        table.add_column(name, overflow="fold")
+    for name in ("other", "this", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in changed.head(_MOST_CHANGES).itertuples():
+        shown = word(row.measure)
+        by = "from 0" if math.isinf(row.relative) else f"{row.relative:+.1%}".replace("%", " %")
+        table.add_row(shown.title, row.kind, shown.show(row.other), shown.show(row.value), by)
+    console.print(Text(""))
+    if len(changed):
+        console.print(table)
+    left = len(changes) - min(len(changed), _MOST_CHANGES)
+    console.print(Text(f"{left} more values changed less, or not at all." if left else "", style="dim"))
 
 
 def _header(scan: Scan) -> Group:
