@@ -18,7 +18,7 @@ from . import machine, table
 from .row import Options, Row
 
 SUITES = ("forward", "patterns", "generation", "health", "fixed", "imports")
-DETAILS = ("measures",)
+DETAILS = ("measures", "similarity")
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that everything works")
     parser.add_argument("--threads", type=int, default=2, help="for the large model (default 2)")
     parser.add_argument("--no-peers", action="store_true", help="do not import TransformerLens and nnsight")
+    parser.add_argument("--panel", default="health", help="for `measures`: whose measures (default health)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures with their samples")
     parser.add_argument("--write", action="store_true", help=f"write the table into docs/{table.DOCUMENT.name}")
     args = parser.parse_args()
@@ -36,7 +37,7 @@ def main() -> None:
         parser.error(f"no suite is called {', '.join(sorted(unknown))}; there are {', '.join((*SUITES, *DETAILS))}")
     if args.write and args.names:
         parser.error("--write replaces the whole table; leave out the names")
-    options = Options(args.threads, args.quick, not args.no_peers)
+    options = Options(args.threads, args.quick, not args.no_peers, args.panel)
     facts = machine.describe(options)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     warnings.simplefilter("ignore")  # those of other libraries, at every call

@@ -16,11 +16,13 @@ class Options:
         threads: for the large model; the small one always has one.
         quick: few rounds, to see that everything works.
         peers: whether the libraries that are compared with may be imported.
+        panel: whose measures are told one by one.
     """
 
     threads: int = 2
     quick: bool = False
     peers: bool = True
+    panel: str = "health"
 
     def rounds(self, full: int) -> int:
         """How many rounds to make of those that a suite would like."""

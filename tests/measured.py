@@ -12,19 +12,40 @@ from actome.core.measure import Measure
 from actome.measures import (
     ActivationScale,
     AttentionEntropy,
+    Contribution,
     DeadUnits,
     EffectiveRank,
+    ExpertLoad,
+    Histogram,
+    HypersphericalEnergy,
+    LatentTrajectory,
     MassiveActivations,
+    MatrixEntropy,
     Movement,
     NextTokenLoss,
     OutlierChannels,
+    PathwayConsistency,
+    PathwayDistance,
+    RepetitionFrequency,
+    RouterEntropy,
     SinkScore,
     Sparsity,
+    Spectrum,
+    Stiffness,
+    TokenCollapse,
+    TokenUncertainty,
     Voids,
 )
+from actome.measures.cett import CETT
+from actome.measures.delta import DeltaSparsity
+from actome.measures.drains import ResidualPeak, ValueDrain
+from actome.measures.kurtosis import Kurtosis
+from actome.measures.quantisation import QuantisationError
+from actome.measures.sparsity import UnitFrequency
+from actome.measures.spikes import Spikes
 
 # Where the batch is among the dims that `update` takes.
-BATCH_DIM = {"tokens": 0, "pattern": 0, "logits": 0, "depth": 1}
+BATCH_DIM = {"tokens": 0, "pattern": 0, "logits": 0, "depth": 1, "sites": 1}
 UNITS = 24
 
 
@@ -80,6 +101,34 @@ SUBJECTS = {
     "NextTokenLoss": Subject(NextTokenLoss, logits),
     "Movement": Subject(Movement, stream),
     "Voids": Subject(Voids, stream),
+    "Spectrum": Subject(Spectrum, activations),
+    "MatrixEntropy": Subject(MatrixEntropy, activations),
+    "HypersphericalEnergy": Subject(lambda: HypersphericalEnergy(size=16), activations),
+    "Stiffness": Subject(Stiffness, stream),
+    "UnitFrequency": Subject(UnitFrequency, activations),
+    "UnitFrequency, near": Subject(lambda: UnitFrequency(near=0.1), activations),
+    "DeltaSparsity": Subject(DeltaSparsity, activations),
+    "Kurtosis": Subject(lambda: Kurtosis(every=1), activations),
+    "Spikes": Subject(lambda: Spikes(every=2), activations),
+    "QuantisationError": Subject(lambda: QuantisationError(every=1), activations),
+    "QuantisationError, every third": Subject(lambda: QuantisationError(every=3), activations),
+    "ResidualPeak": Subject(lambda: ResidualPeak(positions=3), activations),
+    "ValueDrain": Subject(lambda: ValueDrain(heads=4), activations),
+    "CETT": Subject(
+        lambda: CETT(torch.randn(6, UNITS, generator=generator(9)), [0.5, 2.0, 20.0, 1e4], every=2), activations
+    ),
+    "Histogram": Subject(Histogram, activations),
+    "TokenCollapse": Subject(TokenCollapse, activations),
+    "LatentTrajectory": Subject(lambda: LatentTrajectory(segment=2), activations),
+    "ExpertLoad": Subject(ExpertLoad, activations),
+    "RouterEntropy": Subject(RouterEntropy, activations),
+    "RepetitionFrequency": Subject(RepetitionFrequency, logits),
+    "TokenUncertainty": Subject(TokenUncertainty, logits),
+    "Contribution": Subject(Contribution, stream),
+    "PathwayDistance": Subject(lambda: PathwayDistance(of="units", reservoir=2), stream),
+    "PathwayConsistency": Subject(
+        lambda: PathwayConsistency(torch.randn(5, UNITS, 4, generator=generator(8)).unbind(), of="units"), stream
+    ),
 }
 
 

@@ -230,7 +230,7 @@ def test_papers_list_show_and_run(capsys):
     assert main(["papers", "show", "14", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["slug"] == "lac-voids"
     assert main(["papers", "list", "--json"]) == 0
-    assert [entry["number"] for entry in json.loads(capsys.readouterr().out)] == [14, 91]
+    assert {14, 91} <= {entry["number"] for entry in json.loads(capsys.readouterr().out)}
 
 
 def test_every_page_of_help_exists(capsys):

@@ -16,6 +16,7 @@ from torch import Tensor
 from actome.core.errors import MeasureError, SiteError
 from actome.core.measure import Measure, MeasureResult, MeasureTable, real_tokens
 from actome.core.sites import Site
+from actome.core.stream import TOGETHER
 from actome.measures import ActivationScale, EffectiveRank, Movement, SinkScore, Sparsity
 
 every = pytest.mark.parametrize("name", SUBJECTS)
@@ -58,7 +59,7 @@ def test_merging_two_parts_is_measuring_the_whole(name, seed, batch, length, dat
 def test_padding_never_changes_a_number(name, seed, left, right, what):
     subject, g = SUBJECTS[name], generator(seed)
     x, tokens = subject.inputs(g, 3, 6), ids(g, 3, 6)
-    dims = {"pattern": (2, 3), "depth": (2,)}.get(subject.make().layout, (1,))
+    dims = {"pattern": (2, 3), "depth": (2,), "sites": (2,)}.get(subject.make().layout, (1,))
     shape = list(x.shape)
     inner = [slice(None)] * x.ndim
     for dim in dims:
@@ -84,7 +85,7 @@ def test_rows_of_different_lengths_are_measured_as_if_alone(name, seed):
     alone = subject.make()
     for row, n in enumerate(lengths.tolist()):
         piece = x.narrow(subject.batch_dim, row, 1)
-        for dim in {"pattern": (2, 3), "depth": (2,)}.get(alone.layout, (1,)):
+        for dim in {"pattern": (2, 3), "depth": (2,), "sites": (2,)}.get(alone.layout, (1,)):
             piece = piece.narrow(dim, 0, n)
         alone.update(piece, None, tokens[row : row + 1, :n])
     assert_same(together, alone.compute())
@@ -104,7 +105,7 @@ def test_the_order_of_rows_does_not_matter(name):
 @every
 def test_a_stack_is_measured_like_its_layers(name):
     subject, g = SUBJECTS[name], generator(2)
-    if subject.make().layout == "depth":
+    if subject.make().layout in TOGETHER:
         pytest.skip("all layers are one input already")
     xs, tokens = [subject.inputs(g, 3, 5) for _ in range(4)], ids(g, 3, 5)
     stacked = measured(subject, torch.stack(xs).unflatten(0, (2, 2)), None, tokens)
@@ -156,7 +157,7 @@ def test_a_token_that_is_not_finite_is_left_out(name):
     # The last token, so that leaving it out is the same as its being padding.
     mask[1, 5] = False
     broken = x.clone()
-    if layout == "depth":
+    if layout in TOGETHER:
         broken[:, 1, 5, 0] = torch.nan
     elif layout == "pattern":
         broken[1, 0, 5, 2] = torch.nan
@@ -169,9 +170,9 @@ def test_a_token_that_is_not_finite_is_left_out(name):
             without.pop(key)
     if layout == "logits":
         # The token is still there to be predicted, and nothing is predicted from the last one.
-        without |= {
-            key: value for key, value in measured(subject, x, None, tokens).items() if key in ("loss", "perplexity")
-        }
+        of_all = ("log_z", "max_logit", "repetition")  # what is over positions and not over predictions
+        without |= {key: value for key, value in measured(subject, x, None, tokens).items() if key not in of_all}
+        without.pop("non_finite_tokens", None)
     assert_same(ours, without)
 
 
@@ -380,7 +381,7 @@ def test_sites_of_another_width_are_refused():
 
 
 def test_too_wide_a_site_is_refused_with_what_it_would_take():
-    rank = EffectiveRank(max_width=8)
+    rank = EffectiveRank(max_width=8, sketch=None)
     assert rank.fits(resid(0, 8)) is None
     assert "max_width=8" in (rank.fits(resid(0, 9)) or "")
     with pytest.raises(MeasureError, match="9 units"):

@@ -9,10 +9,12 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.measure import Measure, Reduction, double, ratio, wide
+from ..core.measure import Measure, Reduction, double, ratio, shared, wide
 
 # Weights whose logarithms stay in a core's cache; all at once on an accelerator.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 17
+# Below it a weight times its logarithm is 0 next to the entropy of any query.
+_LEAST = 1e-30
 
 
 class SinkScore(Measure):
@@ -38,7 +40,7 @@ class SinkScore(Measure):
     Shapes: x (\*stack, batch, head, query, key), rows summing to one; mask (batch, key); every value (\*stack, head).
     The first token is the first real one of each row.
 
-    Source: Gu et al. 2025, When Attention Sink Emerges in Language Models, section 3.
+    Source: Gu et al. 2025, When Attention Sink Emerges in Language Models, section 3.2.
 
     Example:
         >>> pattern = torch.eye(4).expand(1, 2, 4, 4).clone()
@@ -65,7 +67,7 @@ class SinkScore(Measure):
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """sequences: (); alpha, excess and sinks (sequences above eps): (head)."""
         kept = _real_queries(x, mask)
-        visible_BQS = _visible(kept.pattern)
+        visible_BQS = kept.visible
         if mask is None:
             first_BHQ, sees_BQ = kept.pattern[..., 0], visible_BQS[..., 0]
         else:
@@ -120,7 +122,7 @@ class AttentionEntropy(Measure):
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """queries: () with two visible keys or more; entropy: (head), summed over them."""
         kept = _real_queries(x, mask)
-        visible_BQS = _visible(kept.pattern)
+        visible_BQS = kept.visible
         count_BQ = visible_BQS.sum(-1)
         weight_BQ = torch.where(count_BQ > 1, count_BQ.double().log().reciprocal(), 0.0).to(kept.pattern.dtype)
         return {
@@ -136,9 +138,14 @@ class AttentionEntropy(Measure):
 class _Pattern(NamedTuple):
     pattern: Tensor  # (batch, head, query, key), zero at padding and at queries left out
     queries: Tensor  # (batch, query) bool, those that count
+    visible: Tensor  # (batch, query, key) bool, the keys that a query sees
 
 
 def _real_queries(pattern_BHQS: Tensor, mask_BS: Tensor | None) -> _Pattern:
+    return shared("queries", pattern_BHQS, mask_BS, lambda: _read(pattern_BHQS, mask_BS))
+
+
+def _read(pattern_BHQS: Tensor, mask_BS: Tensor | None) -> _Pattern:
     pattern = wide(pattern_BHQS)
     if mask_BS is None:
         queries = torch.ones(pattern.shape[0], pattern.shape[2], dtype=torch.bool, device=pattern.device)
@@ -150,12 +157,8 @@ def _real_queries(pattern_BHQS: Tensor, mask_BS: Tensor | None) -> _Pattern:
         finite = pattern.isfinite().all(-1).all(1)
         queries = queries & finite
         pattern = pattern.masked_fill(~queries[:, None, :, None], 0.0)
-    return _Pattern(pattern, queries)
-
-
-def _visible(pattern_BHQS: Tensor) -> Tensor:
     # One head may round a key's weight down to zero; all heads of a site see the same keys.
-    return pattern_BHQS.amax(1) > 0
+    return _Pattern(pattern, queries, pattern.amax(1) > 0)
 
 
 def _entropy(pattern_BHQS: Tensor, visible_BQS: Tensor) -> Tensor:
@@ -166,7 +169,13 @@ def _entropy(pattern_BHQS: Tensor, visible_BQS: Tensor) -> Tensor:
     last_Q = (visible_BQS.any(0) * torch.arange(1, keys + 1)).amax(-1).tolist()
     rows = max(1, _CHUNK // (batch * heads * keys))
     out = pattern_BHQS.new_empty(batch, heads, queries)
+    room = pattern_BHQS.new_empty(batch * heads * min(rows, queries) * keys)
     for at in range(0, queries, rows):
         block = pattern_BHQS[:, :, at : at + rows, : max(last_Q[at : at + rows])]
-        torch.sum(torch.special.entr(block), -1, out=out[:, :, at : at + rows])
+        if block.numel() and not block.amin() >= 0:
+            out[:, :, at : at + rows] = torch.special.entr(block).sum(-1)
+            continue
+        # Logarithms of 0 are slow; the least weight that is told from 0 makes 0 of it all the same.
+        logs = torch.clamp_min(block, _LEAST, out=room[: block.numel()].view(block.shape)).log_()
+        torch.sum(logs.mul_(block), -1, out=out[:, :, at : at + rows]).neg_()
     return out

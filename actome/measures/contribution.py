@@ -60,7 +60,7 @@ class Contribution(Measure):
             raise MeasureError(f"every={every}; 1 takes every position, 2 every other")
         self.every = every
 
-    def prepare(self, x: Tensor, previous: Tensor | None) -> Tensor:
+    def prepare(self, x: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Every k-th position, (batch, pos / every, unit)."""
         # A slice that is kept would keep the whole tensor.
         return x.detach() if self.every == 1 else x.detach()[:, :: self.every].clone()

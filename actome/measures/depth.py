@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import MeasureError
-from ..core.measure import Measure, Reduction, double, ratio, wide
+from ..core.measure import Measure, Reduction, all_norms, double, ratio, shared, wide
 
 
 class Movement(Measure):
@@ -51,14 +51,9 @@ class Movement(Measure):
     }
     value_dims: ClassVar[dict[str, tuple[str, ...]]] = {"movement": (), "cosine": (), "growth": ()}
 
-    def prepare(self, x: Tensor, previous: Tensor | None) -> Tensor:
+    def prepare(self, x: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """The norm of each token and of its difference from the site before: (2, batch, pos)."""
-        norm_BT = torch.linalg.vector_norm(wide(x), dim=-1)
-        if previous is None:
-            return torch.stack([norm_BT, torch.full_like(norm_BT, torch.nan)])
-        _same_shape(x, previous)
-        # By the difference itself: from three norms a small step would be rounded away.
-        return torch.stack([norm_BT, torch.linalg.vector_norm(wide(x) - wide(previous), dim=-1)])
+        return shared("step", x, previous, lambda: _step(x, previous))
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """All (layer): tokens and square of the states; pairs, movement, turns and cosine of the steps."""
@@ -87,9 +82,14 @@ class Movement(Measure):
         }
 
 
-def _same_shape(x: Tensor, previous: Tensor) -> None:
+def _step(x: Tensor, previous: Tensor | None) -> Tensor:
+    norm_BT = all_norms(x)
+    if previous is None:
+        return torch.stack([norm_BT, torch.full_like(norm_BT, torch.nan)])
     if x.shape != previous.shape:
         raise MeasureError(
             f"the states of two sites are compared and have the shapes {tuple(previous.shape)} and {tuple(x.shape)}; "
             "choose sites of one residual stream"
         )
+    # By the difference itself: from three norms a small step would be rounded away.
+    return torch.stack([norm_BT, torch.linalg.vector_norm(wide(x) - wide(previous), dim=-1)])

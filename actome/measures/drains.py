@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import MeasureError
-from ..core.measure import Measure, MeasureTable, Reduction, double, ratio, real_tokens
+from ..core.measure import Measure, MeasureTable, Reduction, double, ratio, real_tokens, token_norms
 from .attention import SinkScore
 
 if TYPE_CHECKING:
@@ -147,7 +147,10 @@ def _norms_by_position(
 ) -> dict[str, Tensor]:
     """Counts (positions + 1) and sums of norms (head, positions + 1) of tokens by their position in the row."""
     kept = real_tokens(x, mask)
-    norm_BTH = torch.linalg.vector_norm(kept.x.unflatten(-1, (heads, -1)), dim=-1)
+    if heads == 1:
+        norm_BTH = token_norms(x, mask)[..., None]
+    else:
+        norm_BTH = torch.linalg.vector_norm(kept.x.unflatten(-1, (heads, -1)), dim=-1)
     real_BT = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if mask is None else mask.long()
     at_BT = (real_BT.cumsum(-1) - 1).clamp(0, positions)
     seen_BT = torch.ones_like(at_BT) if kept.keep is None else kept.keep.long()

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor
 
 from ..core.errors import MeasureError
-from ..core.measure import Measure, Reduction, double, ratio, real_tokens
-from .sparsity import count_above
+from ..core.measure import Measure, Reduction, double, ratio, real_tokens, token_norms, unit_peaks
+
+
+# Activations that stay in a core's cache while their outliers are counted; a GPU takes more at once.
+_CHUNK = 1 << 17
+_CHUNK_ACCELERATOR = 1 << 26
 
 
 class MassiveActivations(Measure):
@@ -73,13 +77,12 @@ class MassiveActivations(Measure):
         kept = real_tokens(x, mask)
         units = x.shape[-1]
         magnitude = kept.x.abs()
-        largest_B, at_B = magnitude.flatten(1).max(-1)
-        position_B = at_B // units
+        largest_B, position_B, unit_B = _largest(magnitude, unit_peaks(x, mask))
         if mask is not None:
             position_B = (mask.long().cumsum(-1) - 1).gather(1, position_B[:, None])[:, 0].clamp_min(0)
         if kept.keep is None:
             entries = [magnitude[0].numel()] * len(x)
-            seen_B = torch.ones_like(at_B)
+            seen_B = torch.ones_like(unit_B)
         else:
             entries = (kept.keep.sum(-1) * units).tolist()
             seen_B = kept.keep.any(-1).long()
@@ -91,7 +94,7 @@ class MassiveActivations(Measure):
             "sequences": seen_B.sum(),
             "largest": double(largest_B).sum(),
             "median": double(median_B).sum(),
-            "units": counts.index_add(0, at_B % units, seen_B),
+            "units": counts.index_add(0, unit_B, seen_B),
             "places": places.index_add(0, position_B.clamp_max(self.positions), seen_B),
         }
 
@@ -159,16 +162,21 @@ class OutlierChannels(Measure):
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """tokens: (); above: (unit), counts; energy: (unit), summed shares of the tokens' squared norms."""
         kept = real_tokens(x, mask)
-        x_NU = kept.x.flatten(0, 1)
-        scale_N1 = x_NU.abs().mean(-1, keepdim=True) * math.sqrt(math.pi / 2)
-        square_NU = x_NU.square()
-        share_N = square_NU.sum(-1).reciprocal()
-        share_N = share_N.where(share_N.isfinite(), 0.0)  # a token of zeros has no energy to share out
-        return {
-            "tokens": kept.count,
-            "above": count_above(x_NU, scale_N1 * self.factor),
-            "energy": share_N @ square_NU,
-        }
+        x_NU, norm_N = kept.x.flatten(0, 1), token_norms(x, mask).flatten()
+        inverse_N1 = norm_N.reciprocal().where(norm_N > 0, 0.0)[:, None]  # a token of zeros has no energy to share out
+        rows = max(1, (_CHUNK if x.device.type == "cpu" else _CHUNK_ACCELERATOR) // x.shape[-1])
+        magnitude = x_NU.new_empty(min(rows, len(x_NU)), x.shape[-1])
+        hit, ones = torch.empty_like(magnitude), x_NU.new_ones(len(magnitude))
+        above = torch.zeros(x.shape[-1], dtype=torch.long, device=x.device)
+        energy = double(x_NU.new_zeros(x.shape[-1]))
+        for part, inverse in zip(x_NU.split(rows), inverse_N1.split(rows), strict=True):
+            n = len(part)
+            a = torch.abs(part, out=magnitude[:n])
+            scale = a.mean(-1, keepdim=True) * math.sqrt(math.pi / 2)
+            # Counted as products with ones, as in `count_above`.
+            above += (ones[:n] @ torch.gt(a, scale * self.factor, out=hit[:n])).long()
+            energy += ones[:n] @ a.mul_(inverse).square_()
+        return {"tokens": kept.count, "above": above, "energy": energy}
 
     def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the class."""
@@ -199,6 +207,16 @@ def outlier_dimensions(frequency: Tensor, tokens: float = 0.06, layers: float = 
     if frequency.ndim != 2:
         raise MeasureError(f"frequency is (layer, unit), not {tuple(frequency.shape)}")
     return (double(frequency >= tokens).mean(0) >= layers).nonzero().flatten().tolist()
+
+
+def _largest(magnitude_BTU: Tensor, peaks_BU: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest magnitude of each row, its position and its unit; of several alike the first."""
+    largest_B, unit_B = peaks_BU.max(-1)
+    if len((peaks_BU == largest_B[:, None]).nonzero()) == len(peaks_BU):
+        # It sits in one unit, so there is no need to look through the others.
+        return largest_B, magnitude_BTU[torch.arange(len(unit_B), device=unit_B.device), :, unit_B].argmax(-1), unit_B
+    at_B = magnitude_BTU.flatten(1).argmax(-1)
+    return largest_B, at_B // peaks_BU.shape[-1], at_B % peaks_BU.shape[-1]
 
 
 def lower_medians(x: Tensor, entries: list[int]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio
-from .attention import SinkScore, _real_queries, _visible
+from .attention import SinkScore, _real_queries
 from .loss import NextTokenLoss
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class DormantHeads(Measure):
         """queries, rows: (domain), counts; excess and dormant (rows): (domain, head)."""
         labels_BQ = self._checked(x)
         kept = _real_queries(x, mask)
-        visible_BQS = _visible(kept.pattern)
+        visible_BQS = kept.visible
         first_B = torch.zeros(len(x), dtype=torch.long, device=x.device) if mask is None else mask.long().argmax(-1)
         at = first_B[:, None, None]
         first_BHQ = kept.pattern.gather(-1, at[..., None].expand(*x.shape[:3], 1))[..., 0]

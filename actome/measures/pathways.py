@@ -64,7 +64,7 @@ class _Pathways(Measure):
             return f"of={self.of!r} reads {wanted}"
         return None
 
-    def prepare(self, x: Tensor, previous: Tensor | None) -> Tensor:
+    def prepare(self, x: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Every k-th position, (batch, pos / every, unit)."""
         return x.detach() if self.every == 1 else x.detach()[:, :: self.every].clone()
 

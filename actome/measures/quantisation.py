@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.measure import Measure, Reduction, double, ratio, real_tokens
+from ..core.measure import Measure, Reduction, double, ratio, real_tokens, unit_peaks
 from .sampling import checked_every, sampled
 
 BITS = (8, 4)
@@ -85,7 +85,7 @@ class QuantisationError(Measure):
         """tokens: count; power and noise: sums of squares; relative: sums of each token's noise over power; nonzero and
         kept: entries that are not 0 before and after; all ()."""
         kept = real_tokens(x, mask)
-        channel_BU = torch.maximum(kept.x.amax(1), -kept.x.amin(1))
+        channel_BU = unit_peaks(x, mask)
         tensor_B = channel_BU.amax(-1)
         x_NU, row_N = sampled(kept, mask, self.every)
         power_N = double(torch.linalg.vector_norm(x_NU, dim=-1)).square()

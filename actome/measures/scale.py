@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.measure import Measure, Reduction, double, ratio, real_tokens
+from ..core.measure import Measure, Reduction, double, ratio, real_tokens, token_norms, unit_peaks
 
 
 class ActivationScale(Measure):
@@ -46,14 +46,13 @@ class ActivationScale(Measure):
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Counts of entries and tokens, sums of norms and their squares, the largest magnitude; all scalars."""
         kept = real_tokens(x, mask)
-        norm_BT = double(torch.linalg.vector_norm(kept.x, dim=-1))
+        norm_BT = double(token_norms(x, mask))
         return {
             "entries": kept.count * x.shape[-1],
             "tokens": kept.count,
             "square": norm_BT.square().sum(),
             "length": norm_BT.sum(),
-            # Cheaper than the maximum of the absolute values, which would be written to memory first.
-            "peak": torch.maximum(kept.x.amax(), -kept.x.amin()),
+            "peak": unit_peaks(x, mask).amax(),
             "real_entries": kept.real * x.shape[-1],
             "lost_entries": kept.non_finite,
         }

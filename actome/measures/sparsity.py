@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.measure import Measure, Reduction, double, ratio, real_tokens
+from ..core.measure import Measure, Reduction, double, ratio, real_tokens, shared, token_norms, unit_peaks
 
 # Rows whose intermediate results stay in a core's cache; larger ones would be written to memory and read again.
 _CHUNK = 1 << 18
@@ -54,11 +54,11 @@ class Sparsity(Measure):
         """tokens: (); active: (unit), tokens at which a unit is active; nonzero: ()."""
         kept = real_tokens(x, mask)
         x_NU = kept.x.flatten(0, 1)
-        rms_N1 = torch.linalg.vector_norm(x_NU, dim=-1, keepdim=True) / x_NU.shape[-1] ** 0.5
+        rms_N1 = token_norms(x, mask).flatten()[:, None] / x_NU.shape[-1] ** 0.5
         return {
             "tokens": kept.count,
             "active": count_above(x_NU, rms_N1 * self.near),
-            "nonzero": x_NU.count_nonzero(),
+            "nonzero": _nonzero(x, mask).sum(),
         }
 
     def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,12 +113,10 @@ class DeadUnits(Measure):
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """tokens: (); square: (), sum of all squares; largest: (unit), largest magnitude."""
-        kept = real_tokens(x, mask)
-        x_NU = kept.x.flatten(0, 1)
         return {
-            "tokens": kept.count,
-            "square": double(torch.linalg.vector_norm(x_NU, dim=-1)).square().sum(),
-            "largest": torch.maximum(x_NU.amax(0), -x_NU.amin(0)),
+            "tokens": real_tokens(x, mask).count,
+            "square": double(token_norms(x, mask)).square().sum(),
+            "largest": unit_peaks(x, mask).amax(0),
         }
 
     def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -187,11 +185,10 @@ class UnitFrequency(Measure):
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """tokens: (); active: (unit), tokens at which a unit is active."""
         kept = real_tokens(x, mask)
-        x_NU = kept.x.flatten(0, 1)
-        threshold_N1 = x_NU.new_zeros(len(x_NU), 1)
-        if self.near:
-            threshold_N1 = torch.linalg.vector_norm(x_NU, dim=-1, keepdim=True) * (self.near / x_NU.shape[-1] ** 0.5)
-        return {"tokens": kept.count, "active": count_above(x_NU, threshold_N1)}
+        if not self.near:
+            return {"tokens": kept.count, "active": _nonzero(x, mask)}
+        threshold_N1 = token_norms(x, mask).flatten()[:, None] * (self.near / x.shape[-1] ** 0.5)
+        return {"tokens": kept.count, "active": count_above(kept.x.flatten(0, 1), threshold_N1)}
 
     def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the class."""
@@ -210,6 +207,16 @@ class UnitFrequency(Measure):
             "unit_frequency": frequency,
             "frequency_histogram": histogram.where(seen[..., None], torch.nan),
         }
+
+
+def _nonzero(x: Tensor, mask: Tensor | None) -> Tensor:
+    """At how many tokens each unit is not exactly 0: (unit), int64."""
+
+    def make() -> Tensor:
+        x_NU = real_tokens(x, mask).x.flatten(0, 1)
+        return count_above(x_NU, x_NU.new_zeros(len(x_NU), 1))
+
+    return shared("nonzero", x, mask, make)
 
 
 def count_above(x_NU: Tensor, threshold_N1: Tensor) -> Tensor:

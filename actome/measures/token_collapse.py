@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import MeasureError
-from ..core.measure import Measure, Reduction, double, ratio, real_tokens, wide
+from ..core.measure import Measure, Reduction, double, ratio, real_tokens, shared, token_norms, wide
 
 if TYPE_CHECKING:
     from ..core.sites import Site
@@ -51,7 +51,7 @@ class TokenCollapse(Measure):
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """sequences with two tokens or more, and the sum of their mean cosines; both ()."""
         kept = real_tokens(x, mask)
-        length_BT = torch.linalg.vector_norm(kept.x, dim=-1)
+        length_BT = token_norms(x, mask)
         counts_BT = length_BT > 0
         if self.skip:
             at_BT = torch.arange(x.shape[1], device=x.device) if mask is None else mask.long().cumsum(-1) - 1
@@ -77,7 +77,8 @@ class RepetitionFrequency(Measure):
     - ``repetition_of_data``: share of neighbouring tokens of the input that are the same, over the same positions
       moved on by one
 
-    Over neighbours that are both real and not before position `start`; positions with a NaN logit are left out.
+    Over neighbours that are both real and not before position `start`; positions with a NaN or an infinite largest logit are left
+    out.
 
     Args:
         start: where the outputs begin, counted from the first real token.
@@ -120,9 +121,9 @@ class RepetitionFrequency(Measure):
         tokens = tokens.to(x.device)
         real_BT = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         outputs_BT = real_BT & (real_BT.long().cumsum(-1) - 1 >= self.start)
-        # The maximum of a row is NaN when one of its entries is.
-        top = x.max(-1)
-        repeats, pairs = _neighbours(top.indices, outputs_BT & ~top.values.isnan())
+        # The maximum of a row is NaN when one of its entries is; some words may be ruled out by -inf.
+        largest_BT, choice_BT = shared("choice", x, None, lambda: tuple(x.max(-1)))
+        repeats, pairs = _neighbours(choice_BT, outputs_BT & largest_BT.isfinite())
         # A prediction at t is of the token at t + 1.
         targets_BT = real_BT & (real_BT.long().cumsum(-1) - 1 >= self.start + 1)
         data_repeats, data_pairs = _neighbours(tokens, targets_BT)

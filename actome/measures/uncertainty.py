@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import MeasureError
-from ..core.measure import Reduction, double, ratio, wide
+from ..core.measure import Reduction, double, ratio, shared, wide
 from .loss import NextTokenLoss
 
 # Logits that stay in a core's cache between the steps of the sweep; a GPU takes more at once.
@@ -109,7 +109,8 @@ class TokenUncertainty(NextTokenLoss):
         real_BT = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         # Clamped, since a padded position may hold any id; nothing is predicted from the last position.
         next_BT = tokens.roll(-1, 1).clamp(0, x.shape[-1] - 1)
-        u = token_uncertainty(x)
+        u, choice_BT = _uncertainty(x)
+        shared("choice", x, None, lambda: (u.largest, choice_BT))  # for whoever asks what would be said
         target_BT = x.gather(-1, next_BT[..., None])[..., 0].to(u.log_z.dtype)
         good_BT = real_BT & u.log_z.isfinite()
         predicts_BT = good_BT.clone()
@@ -177,6 +178,11 @@ def token_uncertainty(logits: Tensor) -> Uncertainty:
     >>> token_uncertainty(torch.tensor([[0.0, 0.0, -torch.inf]])).entropy.exp()
     tensor([2.])
     """
+    return _uncertainty(logits)[0]
+
+
+def _uncertainty(logits: Tensor) -> tuple[Uncertainty, Tensor]:
+    """As `token_uncertainty`, and the place of each largest logit, the first of several; (...) int64."""
     vocab = logits.shape[-1]
     if vocab < 2:
         raise MeasureError(f"uncertainty is about a choice, and these logits {tuple(logits.shape)} leave none")
@@ -185,16 +191,20 @@ def token_uncertainty(logits: Tensor) -> Uncertainty:
     rows = max(1, (_CHUNK if logits.device.type == "cpu" else _CHUNK_ACCELERATOR) // vocab)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     out = torch.empty(len(Uncertainty._fields), count, dtype=dtype, device=logits.device)
+    choice = torch.empty(count, dtype=torch.long, device=logits.device)
     below, weights = torch.empty(2, min(rows, count), vocab, dtype=dtype, device=logits.device)
     for at in range(0, count, rows):
         z = wide(flat_NV[at : at + rows])
-        _sweep(z, below[: len(z)], weights[: len(z)], out[:, at : at + rows])
-    return Uncertainty(*(field.view(logits.shape[:-1]) for field in out))
+        choice[at : at + rows] = _sweep(z, below[: len(z)], weights[: len(z)], out[:, at : at + rows])
+    return Uncertainty(*(field.view(logits.shape[:-1]) for field in out)), choice.view(logits.shape[:-1])
 
 
-def _sweep(z: Tensor, below: Tensor, weights: Tensor, out: Tensor) -> None:
-    """The fields of `Uncertainty` for a few rows, into `out` (field, row); `below` and `weights` are overwritten."""
-    top, second = _two_largest(z)
+def _sweep(z: Tensor, below: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """The fields of `Uncertainty` for a few rows, into `out` (field, row), and where the largest logits are.
+
+    `below` and `weights` are overwritten.
+    """
+    top, second, choice = _two_largest(z)
     low = z.amin(-1)
     torch.sub(z, top[:, None], out=below)
     if bool((low == -math.inf).any()):
@@ -211,23 +221,27 @@ def _sweep(z: Tensor, below: Tensor, weights: Tensor, out: Tensor) -> None:
     out[5] = top + log_total
     out[6] = top
     out[7] = torch.maximum(top, -low)
+    return choice
 
 
-def _two_largest(z_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """The two largest of each row, (row) each, at the cost of one maximum.
+def _two_largest(z_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two largest of each row and the place of the first, (row) each, at the cost of one maximum.
 
     The row is cut into as many pieces as each is long; the second largest is the largest of another piece or second in
     the piece of the largest. A sort or a maximum with its place would cost several times as much.
     """
     vocab = z_NV.shape[-1]
     width = math.isqrt(vocab)
-    if width < 16:
-        return tuple(z_NV.topk(2, -1).values.unbind(-1))  # type: ignore[return-value]
     whole = vocab // width * width
     pieces = z_NV[:, :whole].unflatten(1, (-1, width)).amax(-1)
     if whole < vocab:
         pieces = torch.cat([pieces, z_NV[:, whole:].amax(-1, keepdim=True)], -1)
-    two = pieces.topk(2, -1)
-    column = two.indices[:, :1] * width + torch.arange(width, device=z_NV.device)
+    top, piece = pieces.max(-1, keepdim=True)
+    column = piece * width + torch.arange(width, device=z_NV.device)
     inside = z_NV.gather(-1, column.clamp(max=vocab - 1)).masked_fill(column >= vocab, -math.inf)
-    return two.values[:, 0], torch.maximum(two.values[:, 1], inside.topk(2, -1).values[:, 1])
+    place = inside.max(-1, keepdim=True).indices
+    # Without the largest, of the same piece and of the others.
+    second = torch.maximum(
+        inside.scatter(-1, place, -math.inf).amax(-1), pieces.scatter(-1, piece, -math.inf).amax(-1)
+    )
+    return top[:, 0], second, (piece * width + place)[:, 0]

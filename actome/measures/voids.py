@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.measure import Measure, Reduction, ratio, wide
+from ..core.measure import Measure, Reduction, all_norms, ratio
 
 
 class Voids(Measure):
@@ -32,7 +32,8 @@ class Voids(Measure):
     Shapes: sites are the stream before the first layer and after each of them, in order, as in
     ``("blocks.0.resid.pre", "blocks.*.resid.post")``; used (layer + 1).
 
-    Source: Void in Language Models (L2 Adaptive Computation), with the threshold of its released code.
+    Source: Shemiranifar 2025, Void in Language Models (L2 Adaptive Computation), with the threshold of its released
+    code.
 
     Example:
         >>> import actome as ac
@@ -50,9 +51,9 @@ class Voids(Measure):
         super().__init__(**options)
         self.alpha = alpha
 
-    def prepare(self, x: Tensor, previous: Tensor | None) -> Tensor:
+    def prepare(self, x: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """The norms of the tokens, (1, batch, pos), in float32 or better."""
-        return torch.linalg.vector_norm(wide(x), dim=-1)[None]
+        return all_norms(x)[None]
 
     def statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """tokens: (layer + 1) and used: (layer + 1), counts; from norms (layer + 1, 1, batch, pos)."""
