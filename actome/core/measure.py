@@ -123,7 +123,7 @@ class Measure(Fold):
         return None
 
     def at(self, sites: Sequence[Site]) -> Measure:
-        """This measure as sites of one shape want it, for those that must know something of them, such as their heads."""
+        """This measure as sites of one shape want it, where it must know something of them, such as their heads."""
         return self
 
     def statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:

@@ -77,8 +77,8 @@ class RepetitionFrequency(Measure):
     - ``repetition_of_data``: share of neighbouring tokens of the input that are the same, over the same positions
       moved on by one
 
-    Over neighbours that are both real and not before position `start`; positions with a NaN or an infinite largest logit are left
-    out.
+    Over neighbours that are both real and not before position `start`; positions with a NaN or an infinite largest
+    logit are left out.
 
     Args:
         start: where the outputs begin, counted from the first real token.
