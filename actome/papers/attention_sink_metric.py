@@ -19,30 +19,17 @@ from actome.measures import SinkScore
 from actome.papers.registry import Entry, Scale
 from actome.tasks import Subject, SubjectConfig, next_token_loss, train
 from actome.tasks.backcopy import Backcopy
+from actome.tasks.trials import over_seeds, trial_seeds
 
 LENGTH, BATCH = 64, 32
 ARMS = {"softmax": {}, "sigmoid": {"attention": "sigmoid"}, "key_bias": {"key_bias": True}}
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    seeds, steps = ([seed], 400) if scale == "smoke" else ([seed, seed + 1, seed + 2], 1500)
-    trained: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    untrained = []
-    for one in seeds:
-        world = Backcopy(seed=one)
-        # One stream of seeds for the tables, one for training text, one for the text that is measured.
-        corpus = world.sample(steps * BATCH, LENGTH, seed=10_000 + one)
-        heldout = world.sample(512, LENGTH, seed=20_000 + one)
-        for arm, options in ARMS.items():
-            shape = SubjectConfig(vocab=world.vocab, d_model=32, layers=1, heads=1, context=LENGTH, **options)
-            subject = Subject.fresh(shape, seed=one)
-            if arm == "softmax":
-                untrained.append(sink(subject, world, heldout))
-            train(subject, corpus, batch_size=BATCH, weight_decay=0.1, seed=one)
-            trained[arm].append(sink(subject, world, heldout))
-
-    figures = {arm: _over_seeds(runs) for arm, runs in trained.items()}
-    control = _over_seeds(untrained)
+    count, steps = (1, 400) if scale == "smoke" else (3, 1500)
+    found = over_seeds(lambda one: _trial(one, steps), seed, count)
+    figures = {arm: _of(found, arm) for arm in ARMS}
+    control = _of(found, "untrained")
     mean = {arm: {name: sum(runs) / len(runs) for name, runs in figures[arm].items()} for arm in ARMS}
     share = mean["softmax"]["first"]
     checks = {
@@ -59,6 +46,23 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
         ),
     }
     return figures, control, checks
+
+
+def _trial(seed: int, steps: int) -> dict[str, float]:
+    """The figures of every arm and of the untrained model, as ``ARM FIGURE``."""
+    world = Backcopy(seed=seed)
+    corpus, heldout = (
+        world.sample(n, LENGTH, seed=one) for n, one in zip((steps * BATCH, 512), trial_seeds(seed, 2), strict=True)
+    )
+    found = {}
+    for arm, options in ARMS.items():
+        shape = SubjectConfig(vocab=world.vocab, d_model=32, layers=1, heads=1, context=LENGTH, **options)
+        subject = Subject.fresh(shape, seed=seed)
+        if arm == "softmax":
+            found |= {f"untrained {name}": value for name, value in sink(subject, world, heldout).items()}
+        train(subject, corpus, batch_size=BATCH, weight_decay=0.1, seed=seed)
+        found |= {f"{arm} {name}": value for name, value in sink(subject, world, heldout).items()}
+    return found
 
 
 @torch.no_grad()
@@ -96,8 +100,8 @@ def sink(subject: Subject, world: Backcopy, tokens_BT: Tensor) -> dict[str, floa
     }
 
 
-def _over_seeds(runs: list[dict[str, float]]) -> dict[str, list[float]]:
-    return {name: [run[name] for run in runs] for name in runs[0]}
+def _of(found: dict[str, list[float]], arm: str) -> dict[str, list[float]]:
+    return {name.removeprefix(f"{arm} "): runs for name, runs in found.items() if name.startswith(f"{arm} ")}
 
 
 ENTRY = Entry(
