@@ -39,6 +39,7 @@ _HOMES = {
         "LoadError",
         "MeasureError",
         "RecordingError",
+        "RunError",
         "SiteError",
         "TextError",
     ),
@@ -47,12 +48,12 @@ _HOMES = {
     "actome.report.scan": ("Scan", "scan"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_PACKAGES = ("clamps", "core", "measures", "papers", "report", "tasks")
+_PACKAGES = ("clamps", "core", "dynamics", "measures", "papers", "report", "tasks")
 
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
-    from actome import clamps, core, measures, papers, report, tasks
+    from actome import clamps, core, dynamics, measures, papers, report, tasks
     from actome.clamps import Ablate, Add, Clip, Mask, Patch, Project, Scale, Set, TopK
     from actome.core.clamp import Clamp, When
     from actome.core.errors import (
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         LoadError,
         MeasureError,
         RecordingError,
+        RunError,
         SiteError,
         TextError,
     )

@@ -30,6 +30,10 @@ class RecordingError(ActomeError, RuntimeError):
     """A recording that cannot be read, written, appended to or resumed."""
 
 
+class RunError(ActomeError, RuntimeError):
+    """A run store that cannot be read, written, resumed, merged or recovered."""
+
+
 class MeasureError(ActomeError, ValueError):
     """A measure that does not fit its site, or that was given too little to say anything."""
 
