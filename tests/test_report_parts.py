@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,9 +13,12 @@ from scans import invented
 from torch import nn
 
 import actome as ac
+from actome.cli.main import parser
 from actome.core.measure import Measure
 from actome.measures import PANELS, ActivationScale, Histogram, Movement, Sparsity
+from actome.measures.findings import IDS, Thresholds
 from actome.measures.panels import Panel
+from actome.papers import entries
 from actome.report import band
 from actome.report.arrays import arrays_of
 from actome.report.distributions import doublings
@@ -21,7 +26,8 @@ from actome.report.figures import figures
 from actome.report.html import page
 from actome.report.passage import Peek, passage_of, pieces, received
 from actome.report.scan import default_text, scan
-from actome.report.words import WORDS, word
+from actome.report.words import GROUPS, WORDS, evidence_of, word
+from actome.tasks import Subject, SubjectConfig
 
 WORDS_OF_TEXT = "def area(width, height):\n    return width * height  # The value is returned.\n" * 12
 
@@ -289,8 +295,76 @@ def test_the_page_calls_the_band_by_its_name_and_no_range_of_health():
 def test_every_value_of_every_panel_has_a_title_and_what_is_unknown_gets_one():
     assert word("expert_load_fraction").look == "share"
     assert word("something_unit").drawn is False
-    assert all(one.title and one.says for one in WORDS.values())
+    assert all(one.title and one.says and one.group in GROUPS for one in WORDS.values())
+    titles = [one.title for name, one in WORDS.items() if not name.startswith("attention_received")]
+    assert len(set(titles)) == len(titles)
+    batch = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
+    mixture = ac.wrap(Subject.fresh(SubjectConfig(vocab=64, d_model=16, layers=2, heads=2, experts=4), seed=0))
+    plain = ac.wrap(nn.Sequential(nn.Linear(64, 8), nn.ReLU()), name="net")
+    for model, given in ((ac.demo(), batch), (mixture, batch), (plain, torch.randn(40, 64))):
+        for result in model.measure(given, PANELS["all"]):
+            unknown = set(result.values) - set(WORDS)
+            assert not unknown, unknown
     assert math.isclose(float(word("something").show(0.5)), 0.5)
+
+
+def test_the_documentation_names_every_finding_threshold_panel_and_option():
+    docs = Path(__file__).parents[1] / "docs"
+    scanning, commands = ((docs / name).read_text(encoding="utf-8") for name in ("scan.md", "cli.md"))
+    assert [one for one in (*IDS, *Thresholds.__dataclass_fields__, *PANELS) if f"`{one}`" not in scanning] == []
+    options = {
+        option
+        for action in parser()._subparsers._group_actions
+        for command in action.choices.values()
+        for each in command._actions
+        for option in each.option_strings
+        if option.startswith("--")
+    }
+    assert [one for one in sorted(options) if one not in commands] == []
+    listed = re.findall(r"^\| \[\[(\d+)\] ([a-z0-9-]+)\]", (docs / "papers.md").read_text(encoding="utf-8"), re.M)
+    pages = [one for one in sorted(entries(), key=lambda one: one.number) if (docs / f"papers/{one.slug}.md").exists()]
+    assert listed == [(str(entry.number), entry.slug) for entry in pages]
+    assert f"Of {len(listed)} papers" in (docs / "papers.md").read_text(encoding="utf-8")
+
+
+def test_the_numbers_of_findings_are_told_in_words():
+    said = evidence_of({"int8_tensor_error": 0.186, "int8_token_error": 0.000286, "at": "blocks.1.mlp.act"})
+    assert said == "int8 error, one scale a tensor 19 %, int8 error, one scale a token 0.029 %, at blocks.1.mlp.act"
+    assert word("int8_token_error").show(1e-9) == "0.0 %"
+
+
+@pytest.fixture(scope="module")
+def everything(model, batch):
+    return scan(model, batch.ids, panel="all", passage=False)
+
+
+def test_everything_is_rich_and_no_wall(everything):
+    drawn = figures(everything)
+    assert 25 <= len(drawn) <= 35
+    assert len({figure.key for figure in drawn}) == len(drawn)
+    assert {"sites-cka", "reliability-logits", "depth-cka_next"} <= {figure.key for figure in drawn}
+    # What is not drawn is in the tables.
+    assert "Participation ratio" in page(everything)
+
+
+def test_the_reliability_diagram_is_the_bins_of_the_measure(everything, model, batch):
+    from actome.measures import TokenUncertainty
+
+    table = model.measure(batch.ids, {"logits": TokenUncertainty()})
+    share, confidence, accuracy = (table.value(f"bin_{one}")[0] for one in ("share", "confidence", "accuracy"))
+    spec = next(figure for figure in figures(everything) if figure.key == "reliability-logits").spec
+    data = next(layer for layer in spec["layer"] if "size" in layer["encoding"])["data"]
+    points = data["values"] if "values" in data else spec["datasets"][data["name"]]
+    filled = share > 0
+    assert [one["accuracy"] for one in points] == pytest.approx(accuracy[filled].tolist(), rel=1e-4)
+    assert [one["confidence"] for one in points] == pytest.approx(confidence[filled].tolist(), rel=1e-4)
+    assert [one["predictions"] for one in points] == pytest.approx(share[filled].tolist(), rel=1e-4)
+
+
+def test_frequencies_of_units_are_a_list_over_their_range(everything):
+    lists = [one for one in everything.arrays if one["measure"] == "frequency_histogram"]
+    assert lists
+    assert all(one["dim"] == "frequency" and 0 < one["at"][0] <= one["at"][-1] < 1 for one in lists)
 
 
 def test_a_model_of_twelve_layers_with_everything_fits_in_five_megabytes():

@@ -138,10 +138,12 @@ def make_room(path: str | None) -> Path | None:
     """The path of an output file, with its folders made now rather than after the work.
 
     Raises:
-        UsageError: when a folder of that name stands in the way.
+        UsageError: when a folder of that name stands in the way, or for ``-``.
     """
     if path is None:
         return None
+    if path == "-":
+        raise UsageError("only --json goes to standard output with -; give the name of a file")
     if Path(path).is_dir():
         raise UsageError(f"{path} is a folder; give the name of a file")
     Path(path).parent.mkdir(parents=True, exist_ok=True)

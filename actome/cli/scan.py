@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 FOUND = 3
 
+# Said again here, since the panels are imported only when a command runs.
+_PANELS = ("health", "sparsity", "geometry", "attention", "experts", "quantisation", "uncertainty", "all")
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
@@ -34,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         about="Reads text once, measures the activations of the model on the way, and reports what stands out.",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="folder, hub id, or demo; default: demo")
-    parser.add_argument("--panel", default="health", help="set of measures; default health")
+    parser.add_argument("--panel", default="health", help=f"set of measures: {', '.join(_PANELS)}; default health")
     parser.add_argument(
         "--threshold",
         action="append",
@@ -65,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     """Scans, prints, writes; returns the exit code."""
     page, data = make_room(args.html), None if args.json == "-" else make_room(args.json)
     from actome.core.errors import ActomeError
-    from actome.report.scan import finding_ids, panel_names, scan, thresholds_of
+    from actome.measures.findings import thresholds_of
+    from actome.report.scan import finding_ids, panel_names, scan
 
     for word, known, what in [*((word, finding_ids(), "finding") for word in args.fail_on),
                               (args.panel, panel_names(), "panel")]:  # fmt: skip

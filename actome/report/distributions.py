@@ -18,6 +18,8 @@ _LEAST = 1e-5
 _MAGNITUDES = "datum.value >= 1e4 || datum.value < 1e-3 ? format(datum.value, '.0e') : format(datum.value, '~r')"
 # On a logarithmic axis every digit has a tick, and labels have room beside some.
 _SOME_MAGNITUDES = f"test(/^[125]/, format(datum.value, '.0e')) ? ({_MAGNITUDES}) : ''"
+# Lists that make one figure together, see `reliability`.
+_RELIABILITY = ("bin_share", "bin_confidence", "bin_accuracy")
 # Dims whose entries are the sites of the measurement themselves.
 _SITE_DIMS = {"site", "sites", "other", "other_site", "layer2"}
 
@@ -143,11 +145,60 @@ def site_maps(scan: Scan) -> Iterator[dict[str, Any]]:
         }
 
 
+def reliability(scan: Scan) -> Iterator[dict[str, Any]]:
+    """Accuracy against confidence, bin by bin, for each site whose predictions were judged."""
+    by_site: dict[str, dict[str, dict[float, float | None]]] = {}
+    for one in scan.arrays:
+        if one["measure"] in _RELIABILITY and "at" in one:
+            by_site.setdefault(one["site"], {})[one["measure"]] = dict(zip(one["at"], one["values"], strict=True))
+    for site, lists in by_site.items():
+        if set(lists) != set(_RELIABILITY):
+            continue
+        share, confidence, accuracy = (lists[name] for name in _RELIABILITY)
+        # Ends that are zero are not in a list: of what is predicted in a bin, none was right then.
+        rows = pd.DataFrame(
+            [
+                {"confidence": confidence[at], "accuracy": accuracy.get(at) or 0.0, "predictions": share[at]}
+                for at in share
+                if share[at] and confidence.get(at) is not None
+            ]
+        )
+        if len(rows) < 2:
+            continue
+        name = word("bin_accuracy")
+        percent = alt.Axis(format=".0%", tickCount=5)
+        unit = alt.Scale(domain=[0, 1], nice=False)
+        x = alt.X("confidence:Q", title="confidence", scale=unit, axis=percent)
+        y = alt.Y("accuracy:Q", title="accuracy", scale=unit, axis=percent)
+        line = pd.DataFrame({"confidence": [0.0, 1.0], "accuracy": [0.0, 1.0]})
+        diagonal = alt.Chart(inline(line)).mark_line(style="rest", strokeDash=[4, 4], strokeWidth=1).encode(x, y)
+        base = alt.Chart(inline(rows)).encode(x, y)
+        points = base.mark_point(filled=True, opacity=1).encode(
+            alt.Size("predictions:Q", legend=None, scale=alt.Scale(range=[12, 220], zero=True)),
+            tooltip=[
+                alt.Tooltip("confidence:Q", format=".1%"),
+                alt.Tooltip("accuracy:Q", format=".1%"),
+                alt.Tooltip("predictions:Q", title="of all predictions", format=".2~%"),
+            ],
+        )
+        yield {
+            "key": f"reliability-{site}".replace(".", "-").replace(":", "-"),
+            "title": name.title,
+            "caption": name.says,
+            "group": "distributions",
+            "spec": spec_of(alt.layer(diagonal, base.mark_line(strokeWidth=1.5), points), height=240),
+            "measure": "bin_accuracy",
+            "kinds": (kind_of(site),),
+        }
+
+
 def other_lists(scan: Scan) -> Iterator[dict[str, Any]]:
     """A line for each list of a site that belongs to no layer, such as the logits."""
     for one in scan.arrays:
         values = [x for x in one["values"] if x is not None]
         if one.get("layer") is not None or one["dim"] in _SITE_DIMS or len(values) < 2:
+            continue
+        if one["measure"] in _RELIABILITY or not word(one["measure"]).drawn:
             continue
         at = one.get("at", range(len(one["values"])))
         rows = pd.DataFrame({"at": at, "value": pd.Series(one["values"], dtype=float)})

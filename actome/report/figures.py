@@ -17,7 +17,7 @@ import pandas as pd
 
 from actome.report.band import band
 from actome.report.compare import Comparison
-from actome.report.distributions import histogram_maps, other_lists, site_maps
+from actome.report.distributions import histogram_maps, other_lists, reliability, site_maps
 from actome.report.scan import Scan
 from actome.report.spec import CELLS, decades, inline, spec_of
 from actome.report.words import WORDS, Word, kind_of, word
@@ -62,7 +62,7 @@ def figures(scan: Scan, comparison: Comparison | None = None) -> list[Figure]:
     return [
         *(figure for name in drawn for figure in _profiles(scan, name, comparison)),
         *(figure for name in drawn for figure in _maps(scan, name, comparison)),
-        *(Figure(**one) for one in (*histogram_maps(scan), *site_maps(scan), *other_lists(scan))),
+        *(Figure(**one) for one in (*histogram_maps(scan), *site_maps(scan), *reliability(scan), *other_lists(scan))),
     ]
 
 
@@ -100,16 +100,18 @@ def profile(
     bands = pd.DataFrame({"low": [], "high": []}) if bands is None else bands
     finite = pd.concat([rows["value"], bands["low"], bands["high"]]).astype(float)
     finite = finite[np.isfinite(finite)]
-    logarithmic = name.look == "ratio" and finite.min() > 0 and finite.max() / finite.min() > _WIDE_SPAN
+    logarithmic = (name.look == "ratio" or name.wide) and finite.min() > 0 and finite.max() / finite.min() > _WIDE_SPAN
     # A share that is zero throughout would have an axis without a size.
-    top = {"domainMax": 0.1} if name.look == "share" and finite.max() < 0.1 else {}
+    top = {"domainMax": 0.1} if name.look == "share" and finite.max() < 0.1 and not name.wide else {}
     scale = alt.Scale(type="log", nice=False, padding=8) if logarithmic else alt.Scale(zero=True, nice=True, **top)
-    labels: dict[str, Any] = {"format": ".0%" if name.look == "share" else ",~f"}
+    labels: dict[str, Any] = {"format": "~%" if name.wide else ".0%" if name.look == "share" else ",~f"}
     if logarithmic:
         # Whole powers as people write them, up to where that gets long.
         labels = {
             "values": decades(finite.min(), finite.max()),
-            "labelExpr": "datum.value >= 1e6 ? format(datum.value, '.0e') : format(datum.value, ',~r')",
+            "labelExpr": "format(datum.value, '~%')"
+            if name.look == "share"
+            else "datum.value >= 1e6 ? format(datum.value, '.0e') : format(datum.value, ',~r')",
         }
     if name.look == "count":
         labels["values"] = list(range(0, int(finite.max()) + 1, max(1, math.ceil(finite.max() / 4))))
@@ -142,7 +144,9 @@ def profile(
         tooltip=[
             *([alt.Tooltip("scan:N")] if dash else []),
             alt.Tooltip("site:N"),
-            alt.Tooltip("value:Q", title=name.title, format=".2%" if name.look == "share" else ".4~g"),
+            alt.Tooltip(
+                "value:Q", title=name.title, format=".3~%" if name.wide else ".2%" if name.look == "share" else ".4~g"
+            ),
         ],
     )
     points = base.mark_point(size=45 if rows["layer"].nunique() < 24 else 15, filled=True, opacity=1)
@@ -161,9 +165,9 @@ def _maps(scan: Scan, measure: str, comparison: Comparison | None) -> Iterator[F
         for kind, part in rows.groupby(rows["site"].map(kind_of), sort=False):
             other = others[others["site"].map(kind_of) == kind]
             name = word(measure)
-            title = name.title + ("" if kind in ("attn.pattern", "moe.router") else f", {kind}")
+            title = name.title + ("" if kind in ("attn.pattern", "moe.router", "moe.weights") else f", {kind}")
             key = f"heads-{measure}-{kind}".replace(" ", "-").replace(".", "-")
-            span = _span(pd.concat([part["value"], other["value"]]), name)
+            span = _span(pd.concat([part["value"], other["value"]]), name, place)
             say = " This scan." if len(other) else ""
             spec = heads_map(part, name, span, place)
             yield Figure(key, title, name.says + say, "heads", spec, measure, (kind,))
@@ -173,12 +177,15 @@ def _maps(scan: Scan, measure: str, comparison: Comparison | None) -> Iterator[F
                 yield Figure(f"{key}-other", title, name.says + say, "heads", spec, measure, (kind,))
 
 
-def _span(values: pd.Series, name: Word) -> tuple[float, float]:
+def _span(values: pd.Series, name: Word, place: str = "head") -> tuple[float, float]:
     # From zero to one where one is the most that there is, so that models compare; below zero as far as it goes.
     finite = values[np.isfinite(values)]
     if not len(finite):
         return 0.0, 1.0
     low = min(0.0, finite.min()) if name.signed or finite.min() < 0 else 0.0
+    if place == "expert" and finite.max() > 0:
+        # Shares of many experts are all small.
+        return float(low), float(finite.max())
     bounded = name.look == "share" or (name.look == "number" and finite.max() <= 1.0)
     return float(low), float(max(1.0, finite.max()) if bounded else finite.max() or 1.0)
 
@@ -205,7 +212,7 @@ def heads_map(
             alt.Color(
                 "value:Q",
                 title=None,
-                scale=alt.Scale(domain=list(span or _span(rows["value"], name)), nice=False, interpolate="lab"),
+                scale=alt.Scale(domain=list(span or _span(rows["value"], name, place)), nice=False, interpolate="lab"),
                 legend=alt.Legend(
                     orient="right",
                     gradientLength=alt.expr(f"min({count * step}, 160)"),

@@ -24,7 +24,7 @@ from actome.report.data import page_data
 from actome.report.distributions import templates
 from actome.report.figures import Figure, figures
 from actome.report.scan import Scan, read_line
-from actome.report.words import GROUPS, grouped, kind_of, layer_page, place_of, stack_of, word
+from actome.report.words import GROUPS, cited, grouped, kind_of, layer_page, place_of, stack_of, word
 
 _SECTIONS = {
     "depth": ("Through the layers", "Layer -1 is the stream before the first block. Click a point to open its layer."),
@@ -140,7 +140,7 @@ def _findings(group: list[Finding]) -> dict[str, Any]:
             "layers": _layer_links(finding),
             "sought": " ".join([*finding.sites, kind_of(finding.sites[0])]),
             "evidence": [
-                (name.replace("_", " "), word(name).show(x) if isinstance(x, int | float) else str(x))
+                (cited(name), word(name).show(x).replace(" ", "\u00a0") if isinstance(x, int | float) else str(x))
                 for name, x in finding.evidence.items()
             ],
         }

@@ -58,8 +58,14 @@ def lines(items: list[dict[str, Any]]) -> str:
 
 
 def write(path: str | Path, content: str) -> Path:
-    """Writes a whole file or none: an interruption leaves what was there before."""
+    """Writes a whole file or none: an interruption leaves what was there before.
+
+    What is there and is no file, such as ``/dev/null`` or a pipe, is written to and stays what it is.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        path.write_text(content, encoding="utf-8")
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(content, encoding="utf-8")

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from actome import __version__
-from actome.core.errors import ActomeError, nearest
+from actome.core.errors import ActomeError
 from actome.core.table import PLACES
 from actome.core.text import Text
-from actome.measures.findings import IDS, Finding, Thresholds, find
+from actome.measures.findings import IDS, Finding, find, thresholds_of
 from actome.measures.panels import PANELS
 from actome.report.arrays import arrays_of
 from actome.report.passage import Peek, passage_of
@@ -263,24 +263,6 @@ def _shown(frame: pd.DataFrame, found: list[Finding]) -> pd.DataFrame:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
-
-
-def thresholds_of(changed: Mapping[str, float] | None) -> Thresholds:
-    """The thresholds for findings, with those that are changed.
-
-    Raises:
-        ActomeError: a threshold that does not exist; the nearest is named.
-
-    >>> thresholds_of({"dead_share": 0.1}).dead_share
-    0.1
-    """
-    known = Thresholds.__dataclass_fields__
-    for name in changed or {}:
-        if name not in known:
-            raise ActomeError(
-                f"there is no threshold {name!r}" + (nearest(name, known) or f"; there are: {', '.join(known)}")
-            )
-    return Thresholds(**(changed or {}))
 
 
 def finding_ids() -> list[str]:

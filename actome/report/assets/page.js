@@ -29,6 +29,7 @@ const actome = (() => {
   const show = (x, look) => {
     if (x === null || x === undefined) return "–";
     if (typeof x === "string") return x;
+    if (look === "share" && Math.abs(x) >= 1e-6 && Math.abs(x) < 1e-3) return `${Number((100 * x).toPrecision(2)).toFixed(6).replace(/0+$/, "")} %`;
     if (look === "share") return `${(100 * x).toFixed(x !== 0 && Math.abs(x) < 0.1 ? 1 : 0)} %`.replace("-0.0 ", "0.0 ");
     if (look === "index" || (Number.isInteger(x) && Math.abs(x) < 1e4)) return x.toFixed(0);
     return three(x);
