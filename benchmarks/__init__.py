@@ -4,6 +4,6 @@
 - `row`       one line of the table, with its limit                - `peers`     the same work by other libraries
 - `table`     the table on the terminal and in the documentation   - `machine`   what it was measured on
 
-Suites, each with ``run(options) -> rows``: `forward`, `patterns`, `generation`, `health`, `fixed`, `imports`; and
-`measures`, a breakdown of the health panel that runs only when it is named.
+Suites, each with ``run(options) -> rows``: `forward`, `patterns`, `generation`, `panels`, `fixed`, `imports`; and,
+only when they are named, `measures`, a breakdown of a panel, and `similarity`, CKA beside published packages.
 """

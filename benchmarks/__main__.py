@@ -17,8 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from . import machine, table
 from .row import Options, Row
 
-SUITES = ("forward", "patterns", "generation", "health", "fixed", "imports")
-DETAILS = ("measures", "similarity")
+SUITES = ("forward", "patterns", "generation", "panels", "fixed", "imports")
+DETAILS = ("measures", "similarity", "store")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import actome
-from actome.core.real import shared_tokens
+from actome.core.real import forget, shared_tokens
 from actome.core.stream import plan
 from actome.core.taps import Tap
 from actome.measures import PANELS
@@ -51,6 +51,7 @@ def run(options: Options) -> Iterator[Row]:
         for name, stream in zip(names, streams, strict=True)
         for point, tap, kind in stream.taps()
     ]
+    taps += [(point, lambda _: forget(), "read") for point in dict.fromkeys(point for point, _, _ in taps)]
     samples: dict[str, list[float]] = defaultdict(list)
     bare: list[float] = []
     rounds = options.rounds(11)

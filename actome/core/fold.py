@@ -107,12 +107,35 @@ class Fold(torchmetrics.Metric):
         return self.values({name: self.__dict__[name] for name in self.reductions})
 
     def merge_state(self, incoming_state: dict[str, Any] | torchmetrics.Metric) -> None:
-        """Takes in the state of another of the same kind, which may have seen nothing."""
-        count = incoming_state._update_count if isinstance(incoming_state, torchmetrics.Metric) else 1
+        """Takes in the state of another of the same kind and options, which may have seen nothing.
+
+        Raises:
+            MeasureError: the other is of another kind, or has other options, so that their statistics are not of the
+                same thing; a bare state, a dict, does not tell.
+        """
+        count = 1
+        if isinstance(incoming_state, torchmetrics.Metric):
+            count = incoming_state._update_count
+            if type(incoming_state) is not type(self):
+                raise MeasureError(
+                    f"{type(self).__name__} merges with its own kind, not with {type(incoming_state).__name__}"
+                )
+            if count:
+                self._refuse_other_options(incoming_state)
         super().merge_state(incoming_state)
         # Unlike torchmetrics: what was computed before is out of date, and what was merged counts as seen.
         self._computed = None
         self._update_count += count
+
+    def _refuse_other_options(self, other: Fold) -> None:
+        mine, theirs = _options(self), _options(other)
+        apart = [name for name in mine if name in theirs and not _alike(mine[name], theirs[name])]
+        if apart:
+            said = [", ".join(f"{name}={_short(of[name])}" for name in apart) for of in (mine, theirs)]
+            raise MeasureError(
+                f"{type(self).__name__} with {said[0]} cannot take in one with {said[1]}: "
+                "their statistics are not of the same thing; use the same options for all parts"
+            )
 
     def _into(self, how: str, state: Tensor, new: Tensor, name: str) -> Tensor:
         if how != "cat":
@@ -120,6 +143,11 @@ class Fold(torchmetrics.Metric):
         with torch.inference_mode(False), torch.no_grad():
             if state.ndim == 0:
                 return self.bounded(name, new.clone())
+            if state.shape[:-2] != new.shape[:-2] or state.shape[-1] != new.shape[-1]:
+                raise MeasureError(
+                    f"statistic {name!r} has rows of the shape {(*new.shape[:-2], new.shape[-1])}, and "
+                    f"{(*state.shape[:-2], state.shape[-1])} were folded before; use one measure for each shape of site"
+                )
             return self.bounded(name, torch.cat([state, new.to(state.device, state.dtype)], -2))
 
     # -- how torchmetrics is told -------------------------------------------------------------------------------
@@ -169,6 +197,42 @@ class Fold(torchmetrics.Metric):
         # it leaves alone what it does not know, and copies it not either, so the values are copied here.
         boxed = super()._wrap_compute(lambda: _Box({name: value.clone() for name, value in compute().items()}))
         return functools.wraps(compute)(lambda: dict(boxed().values))
+
+
+@functools.cache
+def _machinery() -> frozenset[str]:
+    """The attributes of a metric that are not its own options."""
+
+    class Bare(Fold):
+        reductions: ClassVar[dict[str, Reduction]] = {}
+
+    return frozenset(vars(Bare()))
+
+
+def _options(fold: Fold) -> dict[str, Any]:
+    """What a fold was made with, as far as that can be compared."""
+    known = (bool, int, float, str, tuple, Tensor, type(None))
+    own = {
+        name: value for name, value in vars(fold).items() if name not in _machinery() and name not in fold.reductions
+    }
+    return {name: value for name, value in own.items() if not name.startswith("_") and isinstance(value, known)}
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a.cpu(), b.cpu().to(a.dtype))
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
+    return bool(a == b)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}" if value.numel() > 8 else str(value.tolist())
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class _Box:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import MeasureError
 from .fold import Fold
+from .measure import Measure
 from .stream import canonical
 from .taps import StopForward
 
@@ -60,11 +61,23 @@ def fold(
         >>> list(out), out["module:1"].compute()["mean"].shape
         (['module:1'], torch.Size([]))
     """
+    for pattern, one in folds.items():
+        if not isinstance(one, Fold) or isinstance(one, Measure):
+            raise MeasureError(
+                f"{pattern}: {one!r} is no fold of features with labels; give an instance such as NeuralCollapse(10), "
+                "and measures of the activations alone to model.measure"
+            )
+    if not folds:
+        raise MeasureError("there is nothing to fold: give {pattern: fold}")
     wanted = [(site, one.clone()) for pattern, one in folds.items() for site in model.match(pattern)]
     seen: dict[str, Tensor] = {}
     taps = [(site.address, _keep(seen, site, pool), "read") for site, _ in wanted]
     taken = 0
-    for inputs, *extra in batches:
+    for batch in batches:
+        # A tensor would be taken apart by its rows.
+        if not isinstance(batch, tuple | list) or not batch:
+            raise MeasureError(f"a batch is (inputs, labels, ...), not {type(batch).__name__}; give [(inputs, labels)]")
+        inputs, *extra = batch
         arguments, _, mask = model.arguments(inputs)
         with model.tap(taps), torch.no_grad(), contextlib.suppress(StopForward):
             model.module(**arguments)

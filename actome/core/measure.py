@@ -143,8 +143,9 @@ class Measure(Fold):
         if self.layout == "sites":
             return self.site_statistics(x, mask, tokens)
         dims = _DIMS[self.layout]
-        stack = x.shape[: x.ndim - len(dims)]
         self._check(x, mask, dims)
+        stack = x.shape[: x.ndim - len(dims)]
+        x, mask, tokens = _not_empty(x, mask, tokens, dims)
         # Detached, since the arithmetic works in place where it can and nothing here is differentiated.
         x = x.detach()
         if not stack:
@@ -153,6 +154,10 @@ class Measure(Fold):
         return {name: torch.stack([part[name] for part in parts]).unflatten(0, stack) for name in self.reductions}
 
     def _check(self, x: Tensor, mask: Tensor | None, dims: tuple[str, ...]) -> None:
+        if not isinstance(x, Tensor):
+            raise MeasureError(
+                f"{type(self).__name__} takes a tensor ({', '.join(dims)}), not {type(x).__name__}; see torch.as_tensor"
+            )
         if x.ndim < len(dims):
             raise MeasureError(f"{type(self).__name__} takes ({', '.join(dims)}), and this is {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -160,18 +165,35 @@ class Measure(Fold):
         if mask is not None:
             sizes = dict(zip(dims, x.shape[-len(dims) :], strict=True))
             wanted = (sizes["batch"], sizes.get("pos", sizes.get("key")))
+            if not isinstance(mask, Tensor):
+                raise MeasureError(
+                    f"{type(self).__name__} takes as mask a bool tensor (batch, pos) of the shape {wanted}, "
+                    f"not {type(mask).__name__}"
+                )
             if mask.dtype != torch.bool or tuple(mask.shape) != wanted:
                 raise MeasureError(
                     f"{type(self).__name__} takes a bool mask (batch, pos) of the shape {wanted}, "
                     f"not {mask.dtype} {tuple(mask.shape)}"
+                )
+            if mask.device != x.device:
+                raise MeasureError(
+                    f"{type(self).__name__}: the activations are on {x.device} and their mask on {mask.device}; "
+                    "move it there, as by mask.to(x.device)"
                 )
 
     def update(self, x: Tensor | Sequence[Tensor], mask: Tensor | None = None, tokens: Tensor | None = None) -> None:
         """Folds one batch into the state; arguments as in `statistics`.
 
         For the layouts ``"depth"`` and ``"sites"``, `x` holds the states of the sites themselves, (batch, pos, unit)
-        each.
+        each. A batch without rows or positions changes nothing.
         """
+        if self.layout in ("depth", "sites"):
+            dims = _DIMS["tokens"]
+            for one in x:
+                self._check(one, mask, dims)
+            if any(0 in one.shape[-3:-1] for one in x):
+                full = [_not_empty(one, mask, tokens, dims) for one in x]
+                x, mask, tokens = [one[0] for one in full], *full[0][1:]
         if self.layout == "depth":
             x = torch.stack([self.prepare(x[i], x[i - 1] if i else None, mask) for i in range(len(x))])
         elif self.layout == "sites":
@@ -185,3 +207,18 @@ class Measure(Fold):
             sites: one for each entry of the stack, in its order; a single one when there is no stack.
         """
         return tidy(self.compute(), self.value_dims, sites)
+
+
+def _not_empty(
+    x: Tensor, mask: Tensor | None, tokens: Tensor | None, dims: tuple[str, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A batch without rows or positions as one that is all padding, which no measure counts; others as they are."""
+    if x.numel():
+        return x, mask, tokens
+    # A width of nothing stays so: that is no empty batch.
+    widths = ("unit", "vocab", "head", "layer", "k")
+    stack, sizes = x.shape[: x.ndim - len(dims)], dict(zip(dims, x.shape[-len(dims) :], strict=True))
+    sizes = {dim: size if dim in widths else max(size, 1) for dim, size in sizes.items()}
+    rows = sizes["batch"], sizes.get("pos", sizes.get("key"))
+    padding = torch.zeros(rows, dtype=torch.bool, device=x.device)
+    return x.new_zeros(*stack, *sizes.values()), padding, None if tokens is None else tokens.new_zeros(rows)

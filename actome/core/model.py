@@ -275,8 +275,9 @@ class Model:
         elif isinstance(inputs, Tensor):
             # Ids that are already a tensor: the path of every loop, so nothing else is looked at.
             if inputs.dtype not in (torch.int64, torch.int32) or inputs.ndim not in (1, 2) or not inputs.numel():
+                shape = f"{inputs.dtype} {tuple(inputs.shape)}"
                 raise TextError(
-                    f"token ids are integers of shape (pos) or (batch, pos), not {inputs.dtype} {tuple(inputs.shape)}"
+                    f"token ids are integers of shape (pos) or (batch, pos), one token at least, not {shape}"
                 )
             ids = inputs if inputs.ndim == 2 else inputs[None]
             return self._text_arguments(ids.to(self.device), None), ids, None

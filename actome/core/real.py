@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,17 +44,65 @@ def real_tokens(x_BTU: Tensor, mask_BT: Tensor | None = None) -> Tokens:
     >>> real_tokens(torch.tensor([[[1.0, 2.0], [float("nan"), 3.0]]])).count
     tensor(1)
     """
+    return shared("tokens", x_BTU, mask_BT, lambda: _real_tokens(x_BTU, mask_BT))
+
+
+def token_norms(x_BTU: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """Lengths of the tokens' vectors, (batch, pos), 0 for those that `real_tokens` leaves out; not to be written to.
+
+    >>> token_norms(torch.tensor([[[3.0, 4.0], [torch.inf, 3.0]]]))
+    tensor([[5., 0.]])
+    """
+    keep, norm_BT = real_tokens(x_BTU, mask_BT).keep, all_norms(x_BTU)
+    return norm_BT if keep is None else norm_BT.where(keep, 0.0)
+
+
+def all_norms(x_BTU: Tensor) -> Tensor:
+    """Lengths of all vectors, (batch, pos), padding and what is not finite among them; not to be written to."""
+    return shared("norms", x_BTU, None, lambda: torch.linalg.vector_norm(_wide_once(x_BTU), dim=-1))
+
+
+def unit_peaks(x_BTU: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """Largest magnitude of each unit in each row, (batch, unit), over what `real_tokens` keeps; not to be written to.
+
+    >>> unit_peaks(torch.tensor([[[3.0, -4.0], [1.0, 3.0]]]))
+    tensor([[3., 4.]])
+    """
+
+    def make() -> Tensor:
+        x = real_tokens(x_BTU, mask_BT).x
+        # Cheaper than the maximum of the absolute values, which would be written to memory first.
+        return torch.maximum(x.amax(1), -x.amin(1))
+
+    return shared("peaks", x_BTU, mask_BT, make)
+
+
+T = TypeVar("T")
+
+
+def shared(name: str, x: Tensor, beside: Tensor | None, make: Callable[[], T]) -> T:
+    """What `make` makes of a tensor, made once for all measures that look at it one after the other.
+
+    Only within `shared_tokens`; elsewhere it is made anew. Nobody may write to it.
+
+    Args:
+        name: of what is made; the same name, the same thing.
+        x: the tensor it is made of.
+        beside: another that it depends on, such as the mask.
+        make: a pure function of the two, which depends on nothing else.
+    """
     memo = _LOCAL.__dict__.get("memo")
-    if memo is None:
-        return _real_tokens(x_BTU, mask_BT)
-    if not memo or not memo[0].holds(x_BTU, mask_BT):
-        memo[:] = [_Memo(x_BTU, mask_BT, _real_tokens(x_BTU, mask_BT))]
-    return memo[0].tokens
+    # Tensors made in inference mode do not count their changes.
+    if memo is None or x.is_inference() or (beside is not None and beside.is_inference()):
+        return make()
+    if not memo or not memo[0].holds(x):
+        memo[:] = [_Memo(x)]
+    return memo[0].part(name, beside, make)
 
 
 @contextlib.contextmanager
 def shared_tokens() -> Iterator[None]:
-    """Within it, measures that look at the same tensor one after the other share what `real_tokens` makes of it."""
+    """Within it, measures that look at the same tensor one after the other share what they make of it (`shared`)."""
     before = _LOCAL.__dict__.get("memo")
     _LOCAL.memo = []
     try:
@@ -63,17 +111,23 @@ def shared_tokens() -> Iterator[None]:
         _LOCAL.memo = before
 
 
+def forget() -> None:
+    """Lets go of the last tensor and of what was made of it, so that its memory is free as soon as its owner's."""
+    if memo := _LOCAL.__dict__.get("memo"):
+        memo.clear()
+
+
 _LOCAL = threading.local()
 
 
 class _Memo:
-    """The last tensor, held so that its memory is not given to another, and its tokens."""
+    """What was made of the last tensor, which is held so that its memory is not given to another."""
 
-    def __init__(self, x: Tensor, mask: Tensor | None, tokens: Tokens):
-        self.x, self.mask, self.tokens = x, mask, tokens
-        self.version = _version(x)
+    def __init__(self, x: Tensor):
+        self.x, self.version = x, x._version
+        self.parts: dict[tuple[str, int], tuple[Tensor | None, int, Any]] = {}
 
-    def holds(self, x: Tensor, mask: Tensor | None) -> bool:
+    def holds(self, x: Tensor) -> bool:
         mine = self.x
         return (
             x.data_ptr() == mine.data_ptr()
@@ -81,30 +135,35 @@ class _Memo:
             and x.stride() == mine.stride()
             and x.dtype == mine.dtype
             and x.device == mine.device
-            and mask is self.mask
-            and self.version is not None
-            and _version(x) == self.version
+            and x._version == self.version
         )
 
-
-def _version(x: Tensor) -> int | None:
-    # Tensors made in inference mode do not count their changes.
-    return None if x.is_inference() else x._version
+    def part(self, name: str, beside: Tensor | None, make: Callable[[], Any]) -> Any:
+        version = 0 if beside is None else beside._version
+        # What it was made beside is held too, or another could have its `id`.
+        found = self.parts.get((name, id(beside)))
+        if found is None or found[1] != version:
+            found = self.parts[name, id(beside)] = beside, version, make()
+        return found[2]
 
 
 def _real_tokens(x_BTU: Tensor, mask_BT: Tensor | None) -> Tokens:
-    x, keep = wide(x_BTU), mask_BT
+    x, norm_BT, keep = _wide_once(x_BTU), all_norms(x_BTU), mask_BT
     if keep is None:
         real = torch.full((), x.shape[0] * x.shape[1], device=x.device)
     else:
-        x, real = x.masked_fill(~keep[..., None], 0.0), keep.sum()
-    # The sum is finite only if every entry is, and costs one pass; should the sum alone overflow, the look decides.
-    if math.isfinite(x.sum()):
+        x, norm_BT, real = x.masked_fill(~keep[..., None], 0.0), norm_BT.where(keep, 0.0), keep.sum()
+    # Norms are finite only if every entry is; should one of them alone overflow, the look decides.
+    if math.isfinite(norm_BT.sum()):
         return Tokens(x, keep, real, real, torch.zeros_like(real))
     finite_BTU = x.isfinite()
     finite = finite_BTU.all(-1)
     keep = finite if keep is None else keep & finite
     return Tokens(x.masked_fill(~keep[..., None], 0.0), keep, keep.sum(), real, (~finite_BTU).sum())
+
+
+def _wide_once(x: Tensor) -> Tensor:
+    return shared("wide", x, None, lambda: wide(x))
 
 
 def wide(x: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .errors import MeasureError, SiteError, TextError
+from .fold import Fold
 from .measure import Measure
-from .real import shared_tokens
+from .real import forget, shared_tokens
 from .sites import MODULE_PREFIX, STACKS, Site
 from .table import MeasureResult, MeasureTable
 from .taps import Kind, Point, StopForward, Tap
@@ -26,8 +27,9 @@ _PREFIXES = tuple(f"{stack}." for stack in STACKS)
 class _Stream:
     """One measure at sites of one shape, fed by taps: a metric for each site, or one for all depths together."""
 
-    def __init__(self, measure: Measure, sites: Sequence[Site]):
-        self.measure, self.sites = measure, tuple(sites)
+    def __init__(self, measure: Measure, sites: Sequence[Site], lenient: bool = False):
+        self.measure, self.sites, self.lenient = measure, tuple(sites), lenient
+        self.without_ids = False
         self.together = measure.layout in TOGETHER
         self.metrics = [measure.clone() for _ in (sites[:1] if self.together else sites)]
         self.layers: list[Tensor] = []
@@ -42,6 +44,9 @@ class _Stream:
         measure, layout = self.measure, self.measure.layout
 
         def feed(x: Tensor) -> None:
+            if layout == "logits" and self.tokens is None and self.lenient:
+                self.without_ids = True
+                return
             x = canonical(x, site, layout)
             self.metrics[index].fold(measure.statistics(x, fitting(self.mask, x, layout), self.tokens))
 
@@ -67,6 +72,12 @@ class _Stream:
             else:
                 self.metrics[0].fold(self.measure.statistics(self.layers, self.mask, self.tokens))
         self.previous, self.layers = None, []
+
+    def unreached(self) -> list[str]:
+        """The sites whose module no forward has called."""
+        if self.together:
+            return [] if self.metrics[0].update_count else [site.name for site in self.sites]
+        return [site.name for site, one in zip(self.sites, self.metrics, strict=True) if not one.update_count]
 
     def results(self) -> list[MeasureResult]:
         """The measure over everything and its values: with the layers in front, or where rows are kept by site."""
@@ -112,7 +123,8 @@ def measure(
 
     Raises:
         SiteError: a pattern that matches nothing (in a panel it is skipped and told in ``.skipped``).
-        MeasureError: a measure that does not fit its site.
+        MeasureError: a measure that does not fit its site; inputs without a batch; a site that no forward reached (in a
+            panel it is skipped and told in ``.skipped``).
 
     Example:
         >>> import actome as ac
@@ -124,11 +136,14 @@ def measure(
     """
     streams, skipped = plan(model, measures)
     taps = [tap for stream in streams for tap in stream.taps()]
+    # After the measures of a place: what they shared must not outlive the tensor.
+    taps += [(point, _forget, "read") for point in dict.fromkeys(point for point, _, _ in taps)]
     last = _last(model, streams)
     if last is not None:
         taps.append((model.table[last].address, _stop, "read"))
-    done = 0
+    done, forwards = 0, 0
     for arguments, ids, mask in batches(model, inputs, batch_size):
+        forwards += 1
         for stream in streams:
             # Logits are of the decoder's tokens where there is one.
             stream.begin(mask, arguments.get("decoder_input_ids", ids))
@@ -140,7 +155,35 @@ def measure(
         done += 0 if ids is None else ids.numel() if mask is None else int(mask.sum())
         if progress is not None:
             progress(done)
+    # Where several processes work together, what one did not reach or read another may have.
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not forwards:
+            raise MeasureError("nothing was measured: the inputs hold no batch; an iterator can be read only once")
+        streams, unreached = _reached(streams, lenient=hasattr(measures, "entries"))
+        skipped += unreached
     return MeasureTable([result for stream in streams for result in stream.results()], skipped)
+
+
+def _reached(streams: Sequence[_Stream], lenient: bool) -> tuple[list[_Stream], list[str]]:
+    """The streams that forwards came by; of the others, which a panel skips (`lenient`), why they say nothing."""
+    reached, skipped = [], []
+    for stream in streams:
+        missing = stream.unreached()
+        if len(missing) < len(stream.sites):
+            reached.append(stream)
+        else:
+            name = type(stream.measure).__name__
+            if stream.without_ids:
+                skipped.append(f"{name} at {stream.sites[0].local}: it needs token ids, and the inputs are none")
+            else:
+                skipped.append(f"{name}: the forward did not reach {', '.join(missing[:4])}")
+    if skipped and not (lenient and reached):
+        raise MeasureError("; ".join(skipped[:4]))
+    return reached, skipped
+
+
+def _forget(x: Tensor) -> None:
+    forget()
 
 
 def _stop(x: Tensor) -> None:
@@ -150,6 +193,11 @@ def _stop(x: Tensor) -> None:
 def plan(model: Model, measures: Any) -> tuple[list[_Stream], list[str]]:
     """The streams of what `measure` is asked for, and what a panel asks for that this model has no place for."""
     if not hasattr(measures, "entries"):
+        if not isinstance(measures, Mapping):
+            raise MeasureError(
+                f"measures are {{pattern: measure or list of measures}} or a panel such as PANELS['health'], "
+                f"not {measures!r}"
+            )
         streams, skipped = _streams(model, measures.items(), lenient=False)
     else:
         streams, skipped = _streams(model, measures.entries, lenient=True)
@@ -175,16 +223,35 @@ def _streams(model: Model, entries: Iterable[tuple[Any, Any]], lenient: bool) ->
             skipped.append(f"{', '.join(patterns)}: this model has no such site")
             continue
         for one in wanted if isinstance(wanted, (list, tuple)) else [wanted]:
-            one = one if isinstance(one, Measure) else one()
+            one = _a_measure(one, patterns)
             for group in _groups(sites, one.layout):
                 reason = one.fits(group[0]) or _misfit(one, group[0])
                 if reason is None:
-                    streams.append(_Stream(one.at(group), group))
+                    try:
+                        streams.append(_Stream(one.at(group), group, lenient))
+                    except MeasureError as error:
+                        if not lenient:
+                            raise
+                        skipped.append(f"{type(one).__name__} at {group[0].local}: {error}")
                 elif lenient:
                     skipped.append(f"{type(one).__name__} at {group[0].local}: {reason}")
                 else:
                     raise MeasureError(f"{type(one).__name__} does not fit {group[0].name}: {reason}")
     return streams, skipped
+
+
+def _a_measure(one: Any, patterns: tuple[str, ...]) -> Measure:
+    made = one() if callable(one) and not isinstance(one, Fold) else one
+    if isinstance(made, Measure):
+        return made
+    if isinstance(made, Fold):
+        raise MeasureError(
+            f"{type(made).__name__} takes more than the activations of {', '.join(patterns)}; use model.fold, which "
+            "brings labels along, or update it in a loop of your own"
+        )
+    raise MeasureError(
+        f"{', '.join(patterns)}: {made!r} is no measure; give one, such as Sparsity(), or a list of them"
+    )
 
 
 def _match(model: Model, patterns: tuple[str, ...]) -> list[Site]:

@@ -16,6 +16,7 @@ from .edit_distance import edit_distance
 from .eigenscore import EfficientEigenScore, EigenScore
 from .entropy_reduction import EntropyReduction, EntropyTrace, conditional_entropy
 from .extremes import MassiveActivations, OutlierChannels, outlier_dimensions
+from .feature_information import FeatureInformation
 from .feature_variance import FeatureVariance, feature_rsa
 from .filters import FilterQuality, filter_drift
 from .findings import Finding, Thresholds, find
@@ -26,7 +27,8 @@ from .icl import bma, bma_gap, icl_regret, regret_slope, ridge_prediction
 from .invariance import Invariance, measure_invariance
 from .kurtosis import Kurtosis
 from .layer_gradients import GradientSpectrum, layer_gradients
-from .linear_systems import DSF, as_dsf, attention_to_dsf, gated_rnn, random_features, selective_ssm, taylor_features
+from .linear_layers import as_dsf, attention_to_dsf, gated_rnn, random_features, selective_ssm, taylor_features
+from .linear_systems import DSF
 from .loss import NextTokenLoss
 from .matrix_entropy import MatrixEntropy
 from .mutual_information import AdaptiveEdges, MutualInformation, compression
@@ -43,7 +45,7 @@ from .regions import region_diameter, regions_on_segment
 from .router import ExpertLoad, RouterEntropy
 from .rsa import RSA
 from .scale import ActivationScale
-from .screening import FeatureInformation, screen
+from .screening import screen
 from .semantic_entropy import meanings, semantic_entropy
 from .set_variability import SetVariability
 from .similarity import compare, similarity

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, shared, wide
 
 # Weights whose logarithms stay in a core's cache; all at once on an accelerator.
@@ -61,6 +62,8 @@ class SinkScore(Measure):
 
     def __init__(self, eps: float = 0.3, baseline: Literal["uniform"] | None = "uniform", **options: object):
         super().__init__(**options)
+        if baseline not in ("uniform", None) or not 0 <= eps <= 1:
+            raise MeasureError(f"eps={eps}, baseline={baseline!r}: a share of attention, and 'uniform' or None")
         self.eps = eps
         self.baseline = baseline
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, wide
-from .paired import CrossMoments, common_rows
+from .paired import CrossMoments, common_rows, cross_moments
 from .sampling import taken
 
 Kernel = Literal["linear", "rbf"]
+_ROUNDING = torch.finfo(torch.float64).eps
 
 
 class CKA(Measure):
@@ -132,25 +133,22 @@ class CKA(Measure):
         return {"cka": cka, "cka_next": following}
 
 
-def deal(tokens: int, size: int) -> list[Tensor]:
-    """Which tokens go into which minibatch: as few as there can be, of nearly the same size, the same each time.
+@lru_cache(maxsize=4)
+def _order(tokens: int) -> Tensor:
+    """The order in which tokens are dealt out to minibatches, the same each time.
 
     In turn would not do: in rows of one length it puts the same positions of all rows together, whose pairs are
     special.
-
-    >>> [len(part) for part in deal(10, 4)]
-    [4, 3, 3]
     """
-    return list(_order(tokens).tensor_split(-(-tokens // size))) if tokens else []
-
-
-@lru_cache(maxsize=4)
-def _order(tokens: int) -> Tensor:
     return torch.randperm(tokens, generator=torch.Generator().manual_seed(tokens))
 
 
 def _minibatches(tokens: int, size: int) -> list[range]:
-    """Of tokens in the order in which they are dealt out; those that are too small for an estimate are left out."""
+    """As few as there can be, of nearly the same size; those that are too small for an estimate are left out.
+
+    >>> [len(part) for part in _minibatches(14, 5)]
+    [5, 5, 4]
+    """
     parts = -(-tokens // size)
     small, more = divmod(tokens, max(parts, 1))
     ends = [small * i + min(i, more) for i in range(parts + 1)]
@@ -207,10 +205,10 @@ class LinearCKA(CrossMoments):
     - ``cka_biased``: :math:`\lVert X^\top Y \rVert_F^2 / (\lVert X^\top X \rVert_F \lVert Y^\top Y \rVert_F)`, which
       tends to 1 as the widths outgrow N
 
-    Shapes: x (N, unit), y (N, other).
+    Shapes: x (N, unit), y (N, other). NaN where one of the two is the same in every row.
 
     Raises:
-        MeasureError: fewer than 4 rows.
+        MeasureError: fewer than 4 rows, or a mean of thousands of deviations, for fourth powers are summed around zero.
 
     Source: Kornblith et al. 2019, Similarity of Neural Network Representations Revisited, debiased as in Nguyen,
     Raghu and Kornblith 2021.
@@ -240,7 +238,7 @@ class LinearCKA(CrossMoments):
         x, y = common_rows(x, y)
         a, b = x.square().sum(1), y.square().sum(1)
         return {
-            **self._moments(x, y),
+            **cross_moments(x, y),
             "aa": a @ a,
             "bb": b @ b,
             "ab": a @ b,
@@ -263,8 +261,15 @@ class LinearCKA(CrossMoments):
             product.square().sum() - n / (n - 2) * lengths + one * other / ((n - 1) * (n - 2))
             for product, lengths, one, other in ((m.xy, xy, X, Y), (m.xx, xx, X, X), (m.yy, yy, Y, Y))
         )
+        for fourth, product in ((stats["aa"], m.xx), (stats["bb"], m.yy)):
+            if bool(_ROUNDING * fourth > 1e-5 * product.square().sum()) and bool(product.any()):
+                raise MeasureError(
+                    "the features' mean is thousands of times their spread, and what is left of their fourth powers is "
+                    "rounding; subtract a constant from them first, such as their first row, which changes no CKA"
+                )
+        varies = (X > 0) & (Y > 0)
         return {
-            "cka": cross / (own_x.clamp_min(0) * own_y.clamp_min(0)).sqrt(),
+            "cka": (cross / (own_x.clamp_min(0) * own_y.clamp_min(0)).sqrt()).where(varies, torch.nan),
             "cka_biased": m.xy.square().sum() / (m.xx.norm() * m.yy.norm()),
         }
 

@@ -140,6 +140,8 @@ def _chosen(net: nn.Module, modules: Sequence[str] | str | None) -> list[str]:
         if not hits:
             raise MeasureError(f"no module with parameters matches {pattern!r}{nearest(pattern, known)}")
         found += [name for name in hits if name not in found]
+    if not found:
+        raise MeasureError("modules is empty; give names or patterns, or None for all that have parameters")
     return found
 
 

@@ -30,7 +30,8 @@ class HypersphericalEnergy(Measure):
     - ``identical_pairs``: share of pairs with the same direction (closer than 1e-5), which are left out of the energy
 
     The sample is a bounded reservoir: every pair of it is counted, merging is exact, and while there are no more than
-    `size` tokens it is all of them. NaN with fewer than 2 vectors (4 when centred).
+    `size` tokens it is all of them. Zero vectors have no direction and are left out. NaN with fewer than 2 vectors (4
+    when centred).
 
     Args:
         s: the power of the distance, 0 or more.
@@ -73,8 +74,9 @@ class HypersphericalEnergy(Measure):
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """sample: (size, 2 + unit), keys and vectors."""
-        found = real_tokens(x, mask)
-        return {"sample": keyed(found.x.flatten(0, 1) if found.keep is None else found.x[found.keep], self.size)}
+        # Tokens left out are zero vectors here, and like all of these have no direction.
+        x_NU = real_tokens(x, mask).x.flatten(0, 1)
+        return {"sample": keyed(_directed(x_NU), self.size)}
 
     def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the class."""
@@ -86,7 +88,7 @@ class HypersphericalEnergy(Measure):
 
     def _values(self, x_NU: Tensor) -> tuple[Tensor, ...]:
         if self.centre and len(x_NU):
-            x_NU = x_NU - x_NU.mean(0)
+            x_NU = _directed(x_NU - x_NU.mean(0))
         count = double(torch.tensor(len(x_NU), device=x_NU.device))
         random = torch.full_like(count, random_energy(x_NU.shape[1], self.s))
         if len(x_NU) < (4 if self.centre else 2):
@@ -102,8 +104,8 @@ def hyperspherical_energy(vectors_NU: Tensor, s: float = 1.0) -> Tensor:
     logarithm.
 
     Args:
-        vectors_NU: (n, unit), such as filters ``weight.flatten(1)``; n 2 or more. Pairs with the same direction are
-            left out.
+        vectors_NU: (n, unit), such as filters ``weight.flatten(1)``; n 2 or more. Zero vectors and pairs with the same
+            direction are left out; NaN when no pair is left.
         s: the power, 0 or more.
 
     >>> round(float(hyperspherical_energy(torch.eye(3))), 4)  # all at a distance of the root of 2
@@ -111,7 +113,12 @@ def hyperspherical_energy(vectors_NU: Tensor, s: float = 1.0) -> Tensor:
     """
     if vectors_NU.ndim != 2 or len(vectors_NU) < 2:
         raise MeasureError(f"energy is of pairs of vectors (n, unit) with n >= 2, not of {tuple(vectors_NU.shape)}")
-    return _pairs(double(vectors_NU.detach()), s)[0]
+    return _pairs(_directed(double(vectors_NU.detach())), s)[0]
+
+
+def _directed(x_NU: Tensor) -> Tensor:
+    """Without the zero vectors."""
+    return x_NU[(x_NU != 0).any(-1)]
 
 
 def _pairs(x_NU: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,8 @@ class ResidualPeak(Measure):
 
     def __init__(self, positions: int = 16, **options: object):
         super().__init__(**options)
+        if positions < 1:
+            raise MeasureError(f"positions={positions}: how many first positions are told apart, 1 or more")
         self.positions = positions
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
@@ -94,6 +96,8 @@ class ValueDrain(Measure):
 
     def __init__(self, heads: int | None = None, **options: object):
         super().__init__(**options)
+        if heads is not None and heads < 1:
+            raise MeasureError(f"heads={heads}: a number of heads, 1 or more, or None for what the site has")
         self.heads = heads
 
     def at(self, sites: Sequence[Site]) -> Measure:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens, token_norms, unit_peaks
 
-
 # Activations that stay in a core's cache while their outliers are counted; a GPU takes more at once.
 _CHUNK = 1 << 17
 _CHUNK_ACCELERATOR = 1 << 26
@@ -70,6 +69,8 @@ class MassiveActivations(Measure):
 
     def __init__(self, positions: int = 64, **options: object):
         super().__init__(**options)
+        if positions < 1:
+            raise MeasureError(f"positions={positions}: how many first positions are counted apart, 1 or more")
         self.positions = positions
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
@@ -156,6 +157,8 @@ class OutlierChannels(Measure):
 
     def __init__(self, factor: float = 6.0, share: float = 0.06, **options: object):
         super().__init__(**options)
+        if not factor > 0 or not 0 < share <= 1:
+            raise MeasureError(f"factor={factor}, share={share}: a factor above 0, and a share of tokens up to 1")
         self.factor = factor
         self.share = share
 

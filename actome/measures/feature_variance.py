@@ -64,6 +64,9 @@ class FeatureVariance(Fold):
 
     def statistics(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """rows: (); total, square: (unit); class_total: (all classes, unit); gram: counts of pairs of classes."""
+        if not isinstance(x, Tensor) or not isinstance(labels, Tensor):
+            kinds = f"{type(x).__name__} and {type(labels).__name__}"
+            raise MeasureError(f"FeatureVariance takes tensors, not {kinds}; see torch.as_tensor")
         labels = labels[..., None] if labels.ndim == x.ndim - 1 else labels
         if labels.shape[:-1] != x.shape[:-1] or labels.shape[-1] != len(self.classes):
             raise MeasureError(

@@ -14,7 +14,7 @@ from ..core.sites import Site, expand
 from ..core.table import MeasureResult, finite_or_none
 from .rules import IDS, RULES, Rule, Severity, Thresholds, Verdict
 
-__all__ = ["IDS", "Finding", "Severity", "Thresholds", "find"]
+__all__ = ["IDS", "Finding", "Severity", "Thresholds", "find", "thresholds_of"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def find(results: Iterable[MeasureResult], thresholds: Thresholds | Mapping[str,
         >>> [(found.id, found.where) for found in find([MeasureResult(scale, (site,), scale.compute())])]
         [('non-finite', {'layers': [2]})]
     """
-    limits = thresholds if isinstance(thresholds, Thresholds) else _thresholds(thresholds or {})
+    limits = thresholds if isinstance(thresholds, Thresholds) else thresholds_of(thresholds)
     places = list(_by_site(results))
     found = [
         finding
@@ -108,12 +108,21 @@ def find(results: Iterable[MeasureResult], thresholds: Thresholds | Mapping[str,
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
-def _thresholds(changed: Mapping[str, float]) -> Thresholds:
+def thresholds_of(changed: Mapping[str, float] | None = None) -> Thresholds:
+    """The thresholds for findings, with those that are changed.
+
+    Raises:
+        MeasureError: a threshold that does not exist; the nearest are named, or all.
+
+    >>> thresholds_of({"dead_share": 0.1}).dead_share
+    0.1
+    """
     known = Thresholds.__dataclass_fields__
-    for name in changed:
+    for name in changed or {}:
         if name not in known:
-            raise MeasureError(f"there is no threshold {name!r}{nearest(name, known)}")
-    return Thresholds(**changed)
+            others = nearest(name, known) or f"; there are: {', '.join(known)}"
+            raise MeasureError(f"there is no threshold {name!r}{others}")
+    return Thresholds(**(changed or {}))
 
 
 @dataclass

@@ -11,11 +11,13 @@ from torch import Tensor
 from ..core.errors import MeasureError
 from ..core.fold import Fold
 from ..core.real import double, ratio, wide
+from .paired import CrossMoments, centred_products, cross_moments
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Metric = Literal["l2", "cos", "cka"]
+_PAIRS = ("same", "same_count", "different", "different_count")
 
 
 class Invariance(Fold):
@@ -34,7 +36,7 @@ class Invariance(Fold):
 
     Over inputs; those with a non-finite unit in either copy are left out. Different inputs are taken within a batch:
     each is paired with `shifts` others (all when the batch has no more), so batches should hold dozens of inputs in
-    random order. NaN when nothing was paired.
+    random order. NaN when nothing was paired, and for representations that are the same for every input.
 
     Args:
         metric: ``"l2"``, ``"cos"`` or ``"cka"``.
@@ -62,8 +64,7 @@ class Invariance(Fold):
             raise MeasureError(f"metric={metric!r} does not exist; choose 'l2', 'cos' or 'cka'")
         if shifts < 1:
             raise MeasureError(f"shifts={shifts}; each input must be compared with at least one other")
-        cka = ("rows", "total_1", "total_2", "square_1", "square_2", "cross")
-        names = cka if metric == "cka" else ("same", "same_count", "different", "different_count")
+        names = tuple(CrossMoments.reductions) if metric == "cka" else _PAIRS
         # Each metric keeps statistics of its own; they have to be known before the base declares them as state.
         self.__dict__["reductions"] = dict.fromkeys(names, "sum")
         super().__init__(**options)
@@ -105,15 +106,7 @@ class Invariance(Fold):
                 f"{first.shape[1]} units are more than Invariance(metric='cka', max_width={self.max_width}) takes; "
                 f"a larger max_width needs {24e-6 * first.shape[1] ** 2:.0f} MB for each site"
             )
-        first, second = double(first), double(second)
-        return {
-            "rows": torch.tensor(len(first), device=first.device),
-            "total_1": first.sum(0),
-            "total_2": second.sum(0),
-            "square_1": first.T @ first,
-            "square_2": second.T @ second,
-            "cross": first.T @ second,
-        }
+        return cross_moments(double(first), double(second))
 
     def values(self, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See the class."""
@@ -121,12 +114,8 @@ class Invariance(Fold):
             same = ratio(stats["same"], stats["same_count"])
             different = ratio(stats["different"], stats["different_count"])
             return {"sensitivity": same / different, "same": same, "different": different}
-        rows = double(stats["rows"]).clamp_min(1)
-        mean_1, mean_2 = stats["total_1"] / rows, stats["total_2"] / rows
-        cross = stats["cross"] - rows * mean_1.outer(mean_2)
-        square_1 = stats["square_1"] - rows * mean_1.outer(mean_1)
-        square_2 = stats["square_2"] - rows * mean_2.outer(mean_2)
-        return {"cka": cross.square().sum() / (square_1.norm() * square_2.norm())}
+        m = centred_products(stats)
+        return {"cka": m.xy.square().sum() / (m.xx.norm() * m.yy.norm())}
 
 
 def measure_invariance(

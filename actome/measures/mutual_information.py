@@ -148,7 +148,12 @@ class MutualInformation(Fold):
         if estimator not in ("ebab", "fixed", "akde"):
             raise MeasureError(f"estimator={estimator!r} does not exist; choose 'ebab', 'fixed' or 'akde'")
         if (edges is None) == (estimator == "ebab"):
-            raise MeasureError("'ebab' needs edges, from AdaptiveEdges().compute()['edges'], and no other takes them")
+            if edges is not None:
+                raise MeasureError(f"estimator={estimator!r} makes its own bins; leave edges= out, or take 'ebab'")
+            raise MeasureError(
+                "estimator='ebab' puts its bins where the activations are: fold them with AdaptiveEdges first, and give "
+                "edges=, its compute()['edges']; or take 'fixed' or 'akde'"
+            )
         self.estimator, self.num_classes, self.noise, self.unit = estimator, num_classes, noise, unit
         self.max_symbols, self.max_rows = max_symbols, max_rows
         self._nats = nats_per(unit)

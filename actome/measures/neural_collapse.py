@@ -92,7 +92,8 @@ class NeuralCollapse(Fold):
         means = total[seen] / count[seen, None]
         out |= _simplex(means)
         if self.weights is not None:
-            out["nc3"] = _duality(self.weights.to(means.device)[seen], means)
+            duality = _duality(self.weights.to(means.device)[seen], means)
+            out["nc3"] = duality.where(seen.any(), torch.nan)
         return out | {"classes": seen.sum(), "singletons": (count == 1).sum()}
 
     @property
@@ -153,7 +154,7 @@ class CentreAgreement(Fold):
         """rows, apart, correct: ()."""
         x_NU, y_N, outputs_NC = finite_rows("CentreAgreement", x_NU, y_N, outputs_NC)
         means = self.means.to(x_NU.device)
-        if x_NU.shape[1] != means.shape[1] or outputs_NC.shape[1] != len(means):
+        if outputs_NC.ndim != 2 or x_NU.shape[1] != means.shape[1] or outputs_NC.shape[1] != len(means):
             raise MeasureError(
                 f"means {tuple(means.shape)} (class, unit) do not fit features {tuple(x_NU.shape)} "
                 f"and outputs {tuple(outputs_NC.shape)}"

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from ..core.errors import MeasureError
 from ..core.fold import Fold, Reduction
+from ..core.real import double
 from .reservoir import kept, keyed, smallest
+
+# A scatter below this share of the squares around zero is the rounding of a constant: float32 keeps 24 bits of each.
+_FLAT = 1e-13
 
 
 def common_rows(x_NU: Tensor, y_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,6 +27,9 @@ def common_rows(x_NU: Tensor, y_NV: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         MeasureError: they are not two matrices with the same number of rows.
     """
+    if not isinstance(x_NU, Tensor) or not isinstance(y_NV, Tensor):
+        kinds = f"{type(x_NU).__name__} and {type(y_NV).__name__}"
+        raise MeasureError(f"two sets of features are wanted as tensors, not {kinds}; see torch.as_tensor")
     if x_NU.ndim != 2 or y_NV.ndim != 2 or len(x_NU) != len(y_NV):
         raise MeasureError(
             f"two sets of features of the same rows are wanted, (N, unit) and (N, other), not {tuple(x_NU.shape)} and "
@@ -57,6 +64,46 @@ class Products(NamedTuple):
     b: Tensor
 
 
+def cross_moments(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """What `CrossMoments` folds, of rows in float64."""
+    return {
+        "count": torch.tensor(len(x), device=x.device),
+        "x": x.sum(0),
+        "y": y.sum(0),
+        "xx": x.T @ x,
+        "yy": y.T @ y,
+        "xy": x.T @ y,
+    }
+
+
+def centred_products(stats: Mapping[str, Tensor]) -> Products:
+    """The products around the means; exactly 0 for a unit that is the same in every row.
+
+    >>> x = torch.full((300, 1), 3.7, dtype=torch.float64)
+    >>> centred_products(cross_moments(x, x)).xx.item()
+    0.0
+    """
+    n = double(stats["count"])
+    x, y = stats["x"] / n, stats["y"] / n
+    xx, yy = stats["xx"].addr(x, x, alpha=-float(n)), stats["yy"].addr(y, y, alpha=-float(n))
+    xy = stats["xy"].addr(x, y, alpha=-float(n))
+    # What is left of a unit that is nothing but its mean is the rounding of the sums, and must not be divided by.
+    of_x, of_y = (
+        (centred.diagonal() > _FLAT * around_zero.diagonal()).to(centred.dtype)
+        for centred, around_zero in ((xx, stats["xx"]), (yy, stats["yy"]))
+    )
+    return Products(
+        n,
+        x,
+        y,
+        xx * of_x.outer(of_x),
+        yy * of_y.outer(of_y),
+        xy * of_x.outer(of_y),
+        stats["xx"].diagonal().sum(),
+        stats["yy"].diagonal().sum(),
+    )
+
+
 class CrossMoments(Fold):
     """Base of what needs only the second moments of two sets of features and of one with the other.
 
@@ -75,17 +122,7 @@ class CrossMoments(Fold):
 
     def statistics(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """count: (); x, y: sums; xx, yy, xy: summed outer products; all in float64."""
-        return self._moments(*common_rows(x, y))
-
-    def _moments(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return {
-            "count": torch.tensor(len(x), device=x.device),
-            "x": x.sum(0),
-            "y": y.sum(0),
-            "xx": x.T @ x,
-            "yy": y.T @ y,
-            "xy": x.T @ y,
-        }
+        return cross_moments(*common_rows(x, y))
 
     def centred(self, stats: Mapping[str, Tensor]) -> Products:
         """The products around the means.
@@ -93,20 +130,11 @@ class CrossMoments(Fold):
         Raises:
             MeasureError: too few rows.
         """
-        n = stats["count"].double()
-        if int(n) < self.needs:
-            raise MeasureError(f"{type(self).__name__} needs {self.needs} rows or more, and there were {int(n)}")
-        x, y = stats["x"] / n, stats["y"] / n
-        return Products(
-            n,
-            x,
-            y,
-            stats["xx"].addr(x, x, alpha=-float(n)),
-            stats["yy"].addr(y, y, alpha=-float(n)),
-            stats["xy"].addr(x, y, alpha=-float(n)),
-            stats["xx"].diagonal().sum(),
-            stats["yy"].diagonal().sum(),
-        )
+        if int(stats["count"]) < self.needs:
+            raise MeasureError(
+                f"{type(self).__name__} needs {self.needs} rows or more, and there were {int(stats['count'])}"
+            )
+        return centred_products(stats)
 
 
 class PairedSample(Fold):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio
 from .edit_distance import mean_distance
+from .tally import row_hashes
 
 if TYPE_CHECKING:
     from ..core.model import Model
@@ -267,7 +268,9 @@ class PathwayConsistency(_Pathways):
 
     def at(self, sites: Sequence[Site]) -> Measure:
         """With the rows of the sites' routers, where no embeddings were given."""
-        if self.embeddings is not None or self.of == "units" or len(sites) < 2:
+        if self.embeddings is None and len(sites) < 2:
+            raise MeasureError(f"PathwayConsistency compares neighbouring layers, and there is only {sites[0].name}")
+        if self.embeddings is not None or self.of == "units":
             return self
         return PathwayConsistency(_router_rows(sites), self.k, self.of, self.sample, self.every)
 
@@ -325,14 +328,4 @@ def _router_rows(sites: Sequence[Site]) -> list[Tensor]:
 
 def _hash(symbols_NM: Tensor) -> Tensor:
     """A number from 0 to 2**63 for each row, the same for the same row and else as if drawn, (N)."""
-    h = torch.full(symbols_NM.shape[:1], 0x243F6A8885A308D3, dtype=torch.int64, device=symbols_NM.device)
-    for symbol in symbols_NM.unbind(1):
-        h = _mix(h ^ _mix(symbol + 0x13198A2E03707344))
-    return h & 0x7FFFFFFFFFFFFFFF
-
-
-def _mix(h: Tensor) -> Tensor:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014); integers of torch wrap, and its shifts keep the sign."""
-    h = (h ^ ((h >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    h = (h ^ ((h >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    return h ^ ((h >> 31) & 0x1FFFFFFFF)
+    return row_hashes(symbols_NM) & 0x7FFFFFFFFFFFFFFF

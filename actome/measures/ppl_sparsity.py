@@ -108,6 +108,10 @@ def ppl_sparsity(
     curves = calibration if fitted else cett(model, calibration, sites, batch_size=batch_size)
     bench = _Bench(model, heldout, sites, batch_size)
     dense = bench.run([])[0]
+    if not math.isfinite(dense):
+        raise MeasureError(
+            f"the loss on the held-out text is {dense}: it needs a token with one before it, and logits that are finite"
+        )
     tried: list[tuple[float, float, float]] = []
 
     def at(c: float) -> Silenced:

@@ -125,7 +125,9 @@ def _rounded(x_NU: Tensor, largest: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     `largest` is what the highest integer stands for: (token, 1) or (unit).
     """
     step = largest / (2 ** (bits - 1) - 1)
-    per_step = step.reciprocal().where(step > 0, 0.0)
+    # What is so small that its scale has no reciprocal is rounded to 0.
+    per_step = step.reciprocal()
+    per_step = per_step.where(per_step.isfinite(), 0.0)
     by_token = largest.ndim == 2
     rows = max(1, (_CHUNK if x_NU.device.type == "cpu" else _CHUNK_ACCELERATOR) // x_NU.shape[-1])
     scaled = x_NU.new_empty(min(rows, len(x_NU)), x_NU.shape[-1])

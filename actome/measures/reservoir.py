@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tally import mixed
+
 _LOOKED_AT = 128  # units that make the key; more would cost and not help
 _BITS = 24  # what a float32 holds of a key
 
@@ -52,10 +54,7 @@ def _keys(x_NU: Tensor) -> Tensor:
     bits = (x_NU[:, ::step] + 0.0).float().contiguous().view(torch.int32).long()  # + 0.0: no negative zeros
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator).to(bits.device) * 2 + 1
-    key = (bits * odd).sum(1)
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):  # splitmix64's finish
-        key = (key ^ ((key >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return key & ((1 << 2 * _BITS) - 1)
+    return mixed((bits * odd).sum(1)) & ((1 << 2 * _BITS) - 1)
 
 
 def _halves(key: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ def finite_rows(name: str, x_NU: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     >>> finite_rows("Example", torch.tensor([[1.0], [torch.nan]]), torch.tensor([0, 1]))
     (tensor([[1.]]), tensor([0]))
     """
+    for given in (x_NU, *others):
+        if not isinstance(given, Tensor):
+            raise MeasureError(f"{name} takes tensors, not {type(given).__name__}; see torch.as_tensor")
     if x_NU.ndim != 2 or not x_NU.is_floating_point():
         raise MeasureError(f"{name} takes floating-point features (rows, units), not {x_NU.dtype} {tuple(x_NU.shape)}")
     for other in others:
@@ -42,6 +45,8 @@ def checked_labels(name: str, y_N: Tensor, num_classes: int) -> Tensor:
     >>> checked_labels("Example", torch.tensor([0, 2]), 3)
     tensor([0, 2])
     """
+    if not isinstance(y_N, Tensor):
+        raise MeasureError(f"{name} takes labels as a tensor, not {type(y_N).__name__}; see torch.as_tensor")
     if y_N.ndim != 1 or y_N.is_floating_point():
         raise MeasureError(f"{name} takes integer labels (rows), not {y_N.dtype} {tuple(y_N.shape)}")
     if len(y_N) and (int(y_N.min()) < 0 or int(y_N.max()) >= num_classes):

@@ -63,7 +63,7 @@ class RSA(PairedSample):
         a, b = dissimilarities(x, self.distance), dissimilarities(y, self.distance)
         if self.compare == "spearman":
             a, b = _ranks(a), _ranks(b)
-        a, b = a - a.mean(), b - b.mean()
+        a, b = _centred(a), _centred(b)
         scale = a.norm() * b.norm()
         return {"rsa": (a @ b / scale).where(scale > 0, torch.nan), "rsa_rows": torch.tensor(len(x))}
 
@@ -82,7 +82,15 @@ def dissimilarities(x_NU: Tensor, distance: Distance = "correlation") -> Tensor:
         x_NU = x_NU - x_NU.mean(1, keepdim=True)
     unit = torch.nn.functional.normalize(x_NU, dim=1, eps=1e-300 if x_NU.dtype == torch.float64 else 1e-30)
     upper = torch.triu_indices(len(unit), len(unit), 1, device=unit.device).unbind(0)
-    return 1 - (unit @ unit.T)[upper]
+    distance = 1 - (unit @ unit.T)[upper]
+    # Rows that are alike must not be told apart by rounding.
+    return distance.where(distance.abs() > (1e-12 if x_NU.dtype == torch.float64 else 1e-6), 0.0)
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Around the mean; zeros where all are equal up to rounding."""
+    centred = x - x.mean()
+    return centred.where(centred.norm() > 1e-12 * x.norm(), 0.0)
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..core.stream import batches, canonical, fitting
 from .cca import CCA, SVCCA
 from .cka import CKA, LinearCKA
 from .neighbours import MutualKNN
+from .paired import CrossMoments, common_rows
 from .procrustes import Procrustes
 from .rsa import RSA
 
@@ -53,7 +54,14 @@ def similarity(x: Tensor, y: Tensor, metric: str = "cka", **options: Any) -> flo
         (1.0, 1.0)
     """
     fold, value = _metric(metric, options)
-    fold.update(*(torch.as_tensor(one) for one in (x, y)))
+    if not all(isinstance(one, Tensor) or hasattr(one, "__array__") for one in (x, y)):
+        kinds = f"{type(x).__name__} and {type(y).__name__}"
+        raise MeasureError(f"similarity takes two sets of features (N, unit), not {kinds}; for two models see compare")
+    x, y = common_rows(*(torch.as_tensor(one) for one in (x, y)))
+    if isinstance(fold, CrossMoments):
+        # Changes nothing but the rounding. Not the mean: what is the same in every row must become 0.
+        x, y = x - x[:1], y - y[:1]
+    fold.update(x, y)
     return float(fold.compute()[value])
 
 
@@ -103,7 +111,14 @@ def compare(
     for arguments, _, mask in batches(a, inputs, batch_size):
         found = _features(a, arguments, sites[0] + sites[1] if a is b else sites[0])
         if a is not b:
-            found |= {f"b {name}": x for name, x in _features(b, arguments, sites[1]).items()}
+            try:
+                of_other = _features(b, arguments, sites[1])
+            except IndexError as error:
+                raise MeasureError(
+                    f"{b.name} cannot read the token ids that these inputs have for {a.name} ({error}): its vocabulary "
+                    "or context is smaller; give ids that both can read"
+                ) from error
+            found |= {f"b {name}": x for name, x in of_other.items()}
         of_a = [found[site.name] for site in sites[0]]
         of_b = [found[site.name if a is b else f"b {site.name}"].to(of_a[0].device) for site in sites[1]]
         if any(one.shape[:2] != of_a[0].shape[:2] for one in of_a + of_b):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens, shared, token_norms, unit_peaks
 
 # Rows whose intermediate results stay in a core's cache; larger ones would be written to memory and read again.
@@ -48,6 +49,8 @@ class Sparsity(Measure):
 
     def __init__(self, near: float = 0.01, **options: object):
         super().__init__(**options)
+        if not near >= 0:
+            raise MeasureError(f"near={near}: a multiple of the token's root mean square, 0 or more")
         self.near = near
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
@@ -109,6 +112,8 @@ class DeadUnits(Measure):
 
     def __init__(self, threshold: float = 1e-3, **options: object):
         super().__init__(**options)
+        if not threshold >= 0:
+            raise MeasureError(f"threshold={threshold}: a multiple of the site's root mean square, 0 or more")
         self.threshold = threshold
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
@@ -173,12 +178,19 @@ class UnitFrequency(Measure):
         "always_active": (),
         "silence_of_dead": (),
         "unit_frequency": ("unit",),
-        "frequency_histogram": ("bin",),
+        "frequency_histogram": ("frequency",),
     }
     bins: ClassVar[int] = 20
 
+    @staticmethod
+    def axis(dim: str) -> list[float]:
+        """The middles of the bins."""
+        return [(i + 0.5) / UnitFrequency.bins for i in range(UnitFrequency.bins)]
+
     def __init__(self, near: float = 0.0, always: float = 0.99, **options: object):
         super().__init__(**options)
+        if not near >= 0 or not 0 < always <= 1:
+            raise MeasureError(f"near={near}, always={always}: 0 or more, and a share of tokens, above 0 and up to 1")
         self.near = near
         self.always = always
 

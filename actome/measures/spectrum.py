@@ -46,6 +46,8 @@ class SecondMoments(Measure):
         super().__init__(**options)
         if every < 1 or (sketch is not None and sketch < 16):
             raise MeasureError(f"every={every} and sketch={sketch}: take 1 and 16, or more, or sketch=None")
+        if max_width < 1:
+            raise MeasureError(f"max_width={max_width}: the widest site that is exact, 1 unit or more")
         self.max_width, self.every, self.seed = max_width, every, seed
         self.columns = None if sketch is None else -(-sketch // 8) * 8
 

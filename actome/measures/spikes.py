@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens
 from .sampling import checked_every, sampled
-
 
 # With more zeros than this, medians are no scale.
 _ZEROS = 0.1
@@ -80,6 +80,8 @@ class Spikes(Measure):
 
     def __init__(self, channel: float = 6.0, spike: float = 20.0, every: int = 8, **options: object):
         super().__init__(**options)
+        if not channel > 0 or not spike > 0:
+            raise MeasureError(f"channel={channel}, spike={spike}: multiples of a median, both above 0")
         self.channel = channel
         self.spike = spike
         self.every = checked_every(every)

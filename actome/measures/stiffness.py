@@ -24,8 +24,8 @@ class Stiffness(Movement):
       last site has that of the whole depth. 0 until there are two steps
 
     The total variation is taken token by token before the mean, so steps that are abrupt at different depths for
-    different tokens do not cancel. A token that is not finite or zero at any site is left out at all of them. States
-    must be those of one stream, before any norm that takes the scale away.
+    different tokens do not cancel. A token that is not finite at any site, or zero at one that another follows, is left
+    out at all of them. States must be those of one stream, before any norm that takes the scale away.
 
     Shapes: as `Movement`; every value (layer).
 

@@ -105,6 +105,8 @@ class RepetitionFrequency(Measure):
 
     def __init__(self, start: int = 0, **options: object):
         super().__init__(**options)
+        if start < 0:
+            raise MeasureError(f"start={start}: the first position that counts, 0 or more")
         self.start = start
 
     def fits(self, site: Site) -> str | None:

@@ -93,10 +93,15 @@ class TokenUncertainty(NextTokenLoss):
         "calibration_error": (),
         "overconfidence": (),
         "brier": (),
-        "bin_share": ("bin",),
-        "bin_confidence": ("bin",),
-        "bin_accuracy": ("bin",),
+        "bin_share": ("confidence",),
+        "bin_confidence": ("confidence",),
+        "bin_accuracy": ("confidence",),
     }
+
+    @staticmethod
+    def axis(dim: str) -> list[float]:
+        """The middles of the bins."""
+        return [(i + 0.5) / _BINS for i in range(_BINS)]
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Those of `NextTokenLoss`, and sums over predictions; of bins (15), all others ()."""
@@ -241,7 +246,5 @@ def _two_largest(z_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inside = z_NV.gather(-1, column.clamp(max=vocab - 1)).masked_fill(column >= vocab, -math.inf)
     place = inside.max(-1, keepdim=True).indices
     # Without the largest, of the same piece and of the others.
-    second = torch.maximum(
-        inside.scatter(-1, place, -math.inf).amax(-1), pieces.scatter(-1, piece, -math.inf).amax(-1)
-    )
+    second = torch.maximum(inside.scatter(-1, place, -math.inf).amax(-1), pieces.scatter(-1, piece, -math.inf).amax(-1))
     return top[:, 0], second, (piece * width + place)[:, 0]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, all_norms, ratio
 
 
@@ -49,6 +50,8 @@ class Voids(Measure):
 
     def __init__(self, alpha: float = 0.8, **options: object):
         super().__init__(**options)
+        if not alpha >= 0:
+            raise MeasureError(f"alpha={alpha}: a share of the spread of the growth of norms, 0 or more")
         self.alpha = alpha
 
     def prepare(self, x: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
