@@ -10,7 +10,6 @@ from torch import Tensor
 
 import actome
 from actome.measures import CKA
-from actome.measures.cka import deal
 
 from . import subjects
 from .row import Options, Row
@@ -74,9 +73,9 @@ def _folded(stored: list[list[Tensor]]) -> Tensor:
 
 def _minibatches(batch: list[Tensor]) -> Iterator[list[Tensor]]:
     """The tokens of a batch as `CKA` deals them out."""
-    flat = [one.flatten(0, 1) for one in batch]
-    for part in deal(len(flat[0]), SIZE):
-        yield [one[part] for one in flat]
+    dealt = [CKA().prepare(one, None) for one in batch]
+    parts = -(-len(dealt[0]) // SIZE)
+    yield from ([*part] for part in zip(*(one.tensor_split(parts) for one in dealt), strict=True))
 
 
 def _peer(name: str, minibatches: list[Tensor]) -> Callable[[], Tensor]:

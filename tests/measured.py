@@ -125,6 +125,11 @@ SUBJECTS = {
     "RepetitionFrequency": Subject(RepetitionFrequency, logits),
     "TokenUncertainty": Subject(TokenUncertainty, logits),
     "Contribution": Subject(Contribution, stream),
+    "Contribution, every other": Subject(lambda: Contribution(every=2), stream),
+    "PathwayConsistency, every third": Subject(
+        lambda: PathwayConsistency(torch.randn(5, UNITS, 4, generator=generator(8)).unbind(), of="units", every=3),
+        stream,
+    ),
     "PathwayDistance": Subject(lambda: PathwayDistance(of="units", reservoir=2), stream),
     "PathwayConsistency": Subject(
         lambda: PathwayConsistency(torch.randn(5, UNITS, 4, generator=generator(8)).unbind(), of="units"), stream

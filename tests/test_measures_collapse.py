@@ -354,6 +354,15 @@ def test_posterior_collapse_is_what_torch_distributions_says():
     assert int(got["active"]) == int((mu.var(0, correction=0) > 0.01).sum())
 
 
+def test_a_unit_that_exceeds_the_threshold_at_just_the_share_allowed_has_collapsed():
+    # KL of 0 for half of the rows and of 1/2 for the other half.
+    mu = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+    for delta, share in ((0.5, 1.0), (0.25, 0.0)):
+        one = PosteriorCollapse(0.01, delta=delta)
+        one.update(mu, torch.zeros(4, 1))
+        assert one.compute()["collapsed"].tolist() == [share]
+
+
 def test_a_unit_that_speaks_rarely_is_not_collapsed_unless_delta_says_so():
     mu, logvar = posteriors()
     strict, loose = PosteriorCollapse(0.01, delta=0.02), PosteriorCollapse(0.01, delta=0.06)

@@ -139,6 +139,12 @@ def test_bad_input_is_told():
     assert len(layer_criticality(Own(), x, factory=Own, trials=1)) == 1
 
 
+def test_depth_runs_from_the_first_module_to_the_last():
+    frame = layer_criticality(MLP([6, 5, 4, 3, 2], seed=0), data(), reset="zero")
+    assert frame["depth"].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert layer_criticality(MLP([6, 3], seed=0), data(), reset="zero")["depth"].tolist() == [0]
+
+
 def test_centre_of_gravity_of_nothing_is_unknown():
     import pandas as pd
 

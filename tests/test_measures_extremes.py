@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -11,7 +13,7 @@ from torch import Tensor
 
 import actome as ac
 from actome.core.errors import MeasureError
-from actome.measures import OutlierChannels, SinkScore
+from actome.measures import AttentionEntropy, OutlierChannels, SinkScore
 from actome.measures.drains import ResidualPeak, ValueDrain, extreme_tokens
 from actome.measures.extremes import outlier_dimensions
 from actome.measures.heads import DormantHeads, dormant_heads, head_ablation_by_domain
@@ -74,6 +76,22 @@ def test_a_constant_has_no_kurtosis():
     assert values(Kurtosis(every=1), torch.full((1, 9, 4), 0.1))["token_kurtosis"].isnan()
 
 
+@pytest.mark.parametrize("units", [3, 7, 10, 49])
+def test_rounding_gives_a_constant_no_kurtosis(units):
+    # The mean of equal float64 numbers need not be that number.
+    x = torch.stack([torch.full((units,), one, dtype=torch.float64) for one in (0.1, 0.7, 1e9 / 3)])[None]
+    assert values(Kurtosis(every=1), x)["token_kurtosis"].isnan()
+
+
+@pytest.mark.parametrize(("tokens", "channels"), [(6, 1), (5, 0)])
+def test_an_outlier_channel_stands_out_at_the_given_share_or_more(tokens, channels):
+    x = torch.ones(1, 100, 64)
+    x[0, :tokens, 7] = 100.0
+    got = values(OutlierChannels(share=0.06), x)
+    assert int(got["outlier_channels"]) == channels
+    assert float(got["outlier_frequency"][7]) == tokens / 100
+
+
 def test_measures_leave_what_they_measure_as_it_was():
     for dtype in (torch.float32, torch.float64):
         x = torch.randn(2, 32, 16, generator=generator(), dtype=dtype)
@@ -133,6 +151,18 @@ def test_outlier_dimensions_stand_out_through_the_model():
 
 
 # -- first tokens -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [SinkScore, AttentionEntropy])
+def test_with_a_cache_the_queries_are_the_last_of_the_keys(make):
+    # Three queries over two cached tokens and their own; the first of all is padding.
+    x = torch.rand(2, 4, 3, 5, generator=generator())
+    x[..., 0] = 1e9
+    x[..., 1:] /= x[..., 1:].sum(-1, keepdim=True)
+    got = values(make(), x, torch.tensor([[False, True, True, True, True]] * 2))
+    want = values(make(), x[..., 1:])
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
 
 
 def test_residual_peak_is_a_ratio_of_mean_norms():
@@ -322,6 +352,18 @@ def test_sampling_estimates_the_exact_error():
     for name, value in exact.items():
         # 512 of 4096 tokens; some 440 of the entries taken are rounded to 0 at int8, give or take 21.
         assert float(estimate[name]) == pytest.approx(float(value), rel=0.15)
+
+
+def test_a_channel_too_small_for_a_scale_is_rounded_to_nothing():
+    x = torch.randn(1, 20, 8, generator=generator())
+    x[..., 3] *= 1e-39  # no float32 holds 127 over its largest
+    silent = x.clone()
+    silent[..., 3] = 0.0
+    got, want = (values(QuantisationError(every=1), one) for one in (x, silent))
+    for name in got:
+        assert math.isfinite(float(got[name]))
+        if not name.endswith("lost"):
+            assert float(got[name]) == pytest.approx(float(want[name]), rel=1e-6)
 
 
 def test_silence_and_single_tokens_are_rounded_without_harm():

@@ -162,6 +162,18 @@ def test_the_average_and_its_regret_are_those_of_the_world_that_knows_them():
     assert regret_slope(icl_regret(likelihood[0], likelihood)) > -0.5
 
 
+def test_each_horizon_has_the_hypothesis_that_is_best_until_then():
+    given, likelihood = (-draw(*shape, seed=7).square() for shape in ((5, 9), (4, 5, 9)))
+    regret = icl_regret(given, likelihood)
+    best = set()
+    for b in range(5):
+        for t in range(1, 10):
+            paid = [-float(one[b, :t].sum()) for one in (given, *likelihood)]
+            assert float(regret[b, t - 1]) == pytest.approx((paid[0] - min(paid[1:])) / t, abs=1e-6)
+            best.add((b, paid.index(min(paid[1:]))))
+    assert len(best) > 5  # it changes with the horizon somewhere
+
+
 def test_a_prior_moves_the_average():
     log_prior = torch.tensor([0.9, 0.1]).log()
     tables = torch.tensor([[0.2, 0.8], [0.6, 0.4]])[:, None, None]

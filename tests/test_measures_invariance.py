@@ -57,6 +57,13 @@ def test_invariance_is_0_for_the_identity_and_1_for_unrelated_copies():
     assert float(few) == pytest.approx(float(values(Invariance(shifts=399), z, z + 0.1)["different"]), rel=0.03)
 
 
+@pytest.mark.parametrize("metric", ["l2", "cka"])
+def test_a_site_that_is_the_same_for_every_input_is_not_called_invariant(metric):
+    dead = (3.7 + 0.1 * torch.arange(6)).expand(300, 6)
+    found = values(Invariance(metric), dead, dead)
+    assert found["sensitivity" if metric == "l2" else "cka"].isnan()
+
+
 def test_linear_cka_is_its_definition_on_the_whole_tensor():
     a, b = draw(50, 6) + 3, draw(50, 6, seed=1) @ draw(6, 6, seed=2) + draw(50, 6)
     x, y = (one.double() - one.double().mean(0) for one in (a, b))
@@ -185,6 +192,17 @@ def test_rows_without_a_label_or_a_finite_unit_do_not_count():
     torch.testing.assert_close(half["share"], whole["share"], rtol=0, atol=5e-3)
     constant = values(FeatureVariance(2), torch.full((10, 3), 0.1), labels[:10, 0])
     assert bool(constant["share"].isnan().all())
+
+
+def test_density_is_the_share_of_units_whose_correlation_is_above_the_threshold():
+    labels = torch.arange(200) % 2
+    x = labels[:, None] * torch.tensor([0.0, 0.35, 1.0, 2.0, 4.0]) + draw(200, 5)
+    measure = FeatureVariance(2, threshold=0.3)
+    measure.update(x, labels)
+    found = [abs(np.corrcoef(unit.numpy(), labels.numpy())[0, 1]) for unit in x.T]
+    assert [one > 0.3 for one in found] == [False, False, True, True, True]
+    assert found[1] > 0.09
+    assert float(measure.compute()["density"][0]) == pytest.approx(3 / 5)
 
 
 def test_feature_variance_tells_bad_labels():

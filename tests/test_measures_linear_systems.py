@@ -112,6 +112,15 @@ def test_a_transformers_mamba_layer_is_the_system_between_convolution_and_gate()
     torch.testing.assert_close(got, wanted.reshape(got.shape), rtol=0, atol=1e-5)
 
 
+def test_mixers_with_norms_between_their_parts_are_refused():
+    from transformers import JambaConfig
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+
+    mixer = JambaMambaMixer(JambaConfig(hidden_size=8, mamba_d_state=4, num_hidden_layers=1), layer_idx=0)
+    with pytest.raises(MeasureError, match="JambaMambaMixer with norms"):
+        as_dsf(mixer, torch.zeros(3, 8))
+
+
 def test_gated_recurrence_and_gru_like_gate():
     gate, u = torch.sigmoid(draw(T, C)), draw(T, C, seed=1)
     h, out = torch.zeros(C, dtype=torch.float64), []
@@ -151,6 +160,9 @@ def test_memory_rank_and_moduli_by_hand():
     assert float(system.memory()[0, -1]) == pytest.approx(9.0, abs=1e-4)
     assert float(system.memory()[0, 0]) == 0
     assert system.moduli().unique().tolist() == [0.9]
+    # The first transition acts on an empty state, and may be anything.
+    turning = DSF(torch.tensor([7.0, -0.5, 0.25])[:, None, None], torch.ones(3, 1, 1), torch.ones(3, 1, 1))
+    assert turning.moduli().tolist() == [0.25, 0.5]
     small = selective_ssm(F.softplus(draw(T, 1)), -draw(1, N, seed=1).exp(), draw(T, N, seed=2), draw(T, N, seed=3))
     assert small.rank().tolist() == [N]
     assert int(torch.linalg.matrix_rank(small.mix()[0])) == T  # the whole says nothing of the state
@@ -168,6 +180,8 @@ def test_bad_input_is_told():
         attention_to_dsf(q, draw(T, K + 1))
     with pytest.raises(MeasureError, match="none of them 0"):
         attention_to_dsf(q, q, normaliser=torch.zeros(T, dtype=torch.float64))
+    with pytest.raises(MeasureError, match="too large"):
+        attention_to_dsf(1e3 * q.abs(), 1e3 * q.abs(), normaliser="softmax")
     with pytest.raises(MeasureError, match="normaliser='sum'"):
         attention_to_dsf(q, q, normaliser="sum")
     with pytest.raises(MeasureError, match="order=-1"):

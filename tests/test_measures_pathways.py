@@ -124,6 +124,12 @@ def test_a_share_of_the_weight_takes_as_many_as_it_needs():
     assert float(got["pathway_distance"]) == 0.5  # one insertion, and the longer has two
 
 
+def test_a_share_that_is_reached_exactly_takes_no_more():
+    distance = PathwayDistance(k=0.5)
+    distance.update([torch.tensor([[[0.5, 0.25, 0.25]], [[0.25, 0.5, 0.25]]])])
+    assert set(distance.histogram()) == {((0, 0),), ((0, 1),)}
+
+
 def test_logits_are_read_through_their_softmax_and_units_by_magnitude():
     z = torch.randn(LAYERS, 6, 5, EXPERTS, generator=generator(3))
     same(values(PathwayDistance(of="logits"), z), values(PathwayDistance(), z.softmax(-1)))

@@ -19,7 +19,7 @@ from torch import Tensor
 import actome as ac
 from actome.core.errors import MeasureError, SiteError
 from actome.measures import CCA, CKA, RSA, SVCCA, LinearCKA, MutualKNN, Procrustes, compare, similarity
-from actome.measures.cka import centred_gram, deal
+from actome.measures.cka import centred_gram
 from actome.measures.rsa import dissimilarities
 from actome.measures.similarity import METRICS
 
@@ -80,8 +80,7 @@ def test_cka_is_the_textbook_estimate_over_its_minibatches(kernel):
     hsic, tokens = np.zeros((3, 3)), 0
     for batch in batches:
         flat = [one.double().flatten(0, 1).numpy() for one in batch]
-        parts = deal(74, 20)
-        assert sorted(torch.cat(parts).tolist()) == list(range(74))
+        parts = torch.randperm(74, generator=generator(74)).tensor_split(4)  # as few as hold 20 at most
         for part in parts:
             taken = [one[part.numpy()] for one in flat]
             kernels = [(a @ a.T) if kernel == "linear" else rbf(a, 0.7) for a in taken]
@@ -334,6 +333,49 @@ def test_rows_that_are_not_finite_are_left_out_and_numpy_is_welcome(metric):
     want = similarity(x[1:-1].numpy(), y[1:-1].numpy(), metric, **options)
     x[0, 0], y[-1, 2] = math.nan, math.inf
     assert similarity(x, y, metric, **options) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("rows", [7, 300, 1001])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("metric", ["cka", "rsa", "cca", "svcca", "procrustes"])
+def test_features_that_are_the_same_in_every_row_are_like_nothing(metric, scale, rows):
+    # None of these is a binary fraction, so that sums of many are rounded.
+    same, x = scale * (3.7 + 0.1 * torch.arange(6)).expand(rows, 6), randn(rows, 4)
+    for a, b in ((same, x), (x, same), (same, same)):
+        if metric in ("cka", "rsa"):
+            assert math.isnan(similarity(a, b, metric))
+        else:
+            with pytest.raises(MeasureError, match="same in every row"):
+                similarity(a, b, metric)
+    assert math.isnan(folded(LinearCKA(), same, x)["cka_biased"])
+
+
+@pytest.mark.parametrize("metric", ["cka", "cca", "procrustes"])
+def test_a_large_mean_changes_nothing_or_is_refused(metric):
+    x, y = related(3, 300)
+    want = similarity(x, y, metric)
+    for mean in (1e2, 1e6):
+        # In float64, which holds these sums: x + 1e6 rounds x to 1e-10.
+        assert similarity(x.double() + mean, y.double() - mean, metric) == pytest.approx(want, rel=1e-6)
+    if metric == "cka":
+        with pytest.raises(MeasureError, match="subtract a constant"):
+            folded(FOLDS[metric](), x.double() + 1e6, y.double())
+    assert float(folded(FOLDS[metric](), x.double() + 1e2, y.double())[metric]) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_unit_that_never_changes_changes_nothing():
+    x, y = related(3, 300)
+    with_constant = torch.cat([x, torch.full((300, 1), 370.1)], 1)
+    for metric in ("cka", "cca", "procrustes"):
+        # 1e-16 of the fourth power of a mean of 370 deviations.
+        assert similarity(with_constant, y, metric) == pytest.approx(similarity(x, y, metric), rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", ["correlation", "cosine", "euclidean"])
+@pytest.mark.parametrize("compare_by", ["spearman", "pearson"])
+def test_equal_distances_rank_nothing(distance, compare_by):
+    x, corners = randn(9, 9), 3.3 * torch.eye(9)
+    assert folded(RSA(distance, compare_by), corners, x)["rsa"].isnan()
 
 
 @every

@@ -43,6 +43,14 @@ def text(start: int) -> Tensor:
 # -- unit frequency -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("active", "share"), [(99, 1.0), (98, 0.0)])
+def test_a_unit_active_at_just_the_given_share_is_always_active(active, share):
+    x = torch.zeros(1, 100, 1)
+    x[:, :active] = 1.0
+    assert float(UnitFrequency(always=0.99).statistics(x)["active"]) == active
+    assert float(values(UnitFrequency(always=0.99), x)["always_active"]) == share
+
+
 def test_unit_frequencies_are_counts():
     x = F.relu(torch.randn(4, 25, 40, generator=generator()))
     x[..., [3, 8]] = 0.0
@@ -264,6 +272,19 @@ def test_rules_keep_the_share_that_was_asked_for():
     assert len(set(found["cett"].thresholds.values())) == model.layers
     zero = silenced(model, ids(0), ids(1), "zero")
     assert zero.loss == zero.dense_loss
+
+
+@pytest.mark.parametrize("rule", ["cett", "fat"])
+def test_thresholds_are_fitted_on_the_calibration_text_alone(rule):
+    model = ac.demo()
+    one, same, other = (
+        silenced(model, ids(fitted, 2, 16), ids(tested, 2, 16), rule, 0.3)
+        for fitted, tested in ((0, 1), (0, 2), (3, 1))
+    )
+    assert one.thresholds == same.thresholds
+    assert one.setting == same.setting
+    assert one.loss != same.loss
+    assert one.setting != other.setting
 
 
 def test_silencing_checks_what_it_is_given():

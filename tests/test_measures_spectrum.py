@@ -29,7 +29,7 @@ from actome.measures.diversity import random_energy
 from actome.measures.moments import eigenvalues, moments
 from actome.measures.reservoir import kept, keyed, smallest
 from actome.measures.sketch import directions, nystrom, sketch
-from actome.measures.spectral import scaling_fit
+from actome.measures.spectral import Eigenvalues, power_law, scaling_fit
 
 some = settings(max_examples=12, deadline=None)
 # Exact, sketched, and subsampled: what every algebraic test goes through.
@@ -296,6 +296,21 @@ def test_matrix_entropy_does_not_see_norms(scale):
     )
 
 
+def test_the_fit_of_a_power_law_weighs_every_stretch_of_ranks_alike():
+    law = decaying(3, (1, 400, 120)).double()[0]
+    known = torch.linalg.eigvalsh(law.T @ law).flip(0)
+    rank = np.arange(11, 51)
+    logs = known.log().numpy()[10:50]
+    slope, at = np.polyfit(np.log(rank), logs, 1, w=rank**-0.5)  # of residuals, so the root of 1/rank
+    mean = np.average(logs, weights=1 / rank)
+    left, all_ = (np.average((logs - fit) ** 2, weights=1 / rank) for fit in (slope * np.log(rank) + at, mean))
+    alpha, good = power_law(Eigenvalues.all(known, torch.tensor(120)))
+    assert float(alpha) == pytest.approx(-slope, rel=1e-9)
+    assert float(good) == pytest.approx(1 - left / all_, rel=1e-9)
+    plain = -np.polyfit(np.log(rank), logs, 1)[0]
+    assert abs(float(alpha) - plain) > 1e-3  # or nothing would be weighed here
+
+
 # -- hyperspherical energy ----------------------------------------------------------------------------------------
 
 
@@ -322,6 +337,25 @@ def test_the_energy_of_random_directions_is_what_simulation_gives(units, s):
     x = torch.randn(1, 512, units, generator=generator(1))
     assert abs(float(values(HypersphericalEnergy(s=s), x)["energy_excess"])) < 0.05
     assert float(values(HypersphericalEnergy(s=s), x.abs())["energy_excess"]) > 0.1
+
+
+@pytest.mark.parametrize("units", [24, 300])
+def test_vectors_that_begin_alike_are_sampled_whatever_their_order(units):
+    x = torch.randn(200, units, generator=generator())
+    x[:, : units // 2] = 0.0
+    order = torch.randperm(200, generator=generator(1))
+    assert torch.equal(kept(keyed(x, 20)), kept(keyed(x[order], 20)))
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_zero_vectors_have_no_direction(centre):
+    x = torch.randn(1, 30, 8, generator=generator())
+    x = x - x.mean(1, keepdim=True) if centre else x
+    silent = torch.cat([x, torch.zeros(1, 30, 8)], 1)
+    got, want = (values(HypersphericalEnergy(centre=centre, size=30), one) for one in (silent, x))
+    assert {name: float(value) for name, value in got.items()} == {name: float(value) for name, value in want.items()}
+    assert hyperspherical_energy(silent[0]) == hyperspherical_energy(x[0])
+    assert values(HypersphericalEnergy(), torch.zeros(1, 9, 8))["energy"].isnan()
 
 
 def test_orthogonal_filters_and_equal_ones():

@@ -205,6 +205,16 @@ def test_a_token_that_is_not_finite_somewhere_is_left_out_everywhere():
     assert all(value.isnan().all() for value in nothing.values())
 
 
+@pytest.mark.parametrize("site", [0, 1, 2])
+def test_a_token_that_is_zero_somewhere_is_left_out_everywhere(site):
+    h = states(7, 3, 1, 6, 4)
+    want = values(Contribution(), torch.cat([h[:, :, :2], h[:, :, 3:]], 2))
+    h[site, :, 2] = 0.0
+    got = values(Contribution(), h)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
 def test_attention_and_mlp_share_the_contribution_of_their_block():
     model = ac.demo()
     ids = torch.randint(200, (2, 16), generator=torch.Generator().manual_seed(1))

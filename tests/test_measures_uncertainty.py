@@ -250,6 +250,14 @@ def test_a_sample_joins_the_first_group_whose_first_member_it_equals():
     assert calls == [(0, 1), (0, 2), (0, 3), (2, 3)]
 
 
+@pytest.mark.parametrize(("words", "bin_"), [(5, 2), (15, 0), (3, 4)])
+def test_a_confidence_on_the_edge_of_two_bins_is_in_the_lower(words, bin_):
+    # Of 15 bins ((m - 1) / 15, m / 15]: 1/5 is the upper end of the third.
+    uncertainty = TokenUncertainty()
+    uncertainty.update(torch.zeros(1, 4, words, dtype=torch.float64), tokens=torch.zeros(1, 4, dtype=torch.long))
+    assert uncertainty.compute()["bin_share"].argmax() == bin_
+
+
 def test_semantic_entropy_refuses_what_does_not_fit():
     for samples, logs in (([], None), (["a"], [0.0, 1.0]), (["a"], [-torch.inf])):
         with pytest.raises(MeasureError):

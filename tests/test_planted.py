@@ -1,4 +1,4 @@
-"""Planted truths in whole models: each fault is built into the weights of a clean one, and a full scan finds it alone."""
+"""Planted truths in whole models: each fault is built into the weights of a clean one, and a full scan finds it."""
 
 from __future__ import annotations
 

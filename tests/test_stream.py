@@ -221,3 +221,19 @@ def test_measures_of_one_tensor_share_its_tokens_and_none_sees_what_another_did(
             made = torch.ones(1, 2, 3)
             assert real_tokens(made) is not real_tokens(made)
     assert real_tokens(x, mask) is not real_tokens(x, mask)
+
+
+def test_a_panel_passes_over_modules_that_no_forward_calls():
+    class Spare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    from actome.measures import PANELS
+
+    table = ac.wrap(Spare()).measure(torch.randn(4, 5, 3), PANELS["sparsity"])
+    assert {site.name for site in table.sites("zeros")} == {"module:used"}
+    assert any("did not reach module:spare" in reason for reason in table.skipped)

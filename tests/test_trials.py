@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from actome.tasks.digits import digits
+from actome.tasks.losses import TrainingError
 from actome.tasks.nets import CNN, MLP, ResidualMLP, accuracy, fit
 from actome.tasks.trials import auroc, null, over_seeds, paired, spearman, split, trial_seeds
 
@@ -101,6 +102,36 @@ def test_small_nets_learn_digits(net, images):
     assert accuracy(net, data.test, data.test_labels) > 0.85
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05}], ids=["adam", "sgd"])
+@pytest.mark.parametrize("seed", [0, 2**31 + 7])
+def test_fitting_is_the_plain_loop_to_the_last_bit(seed, options):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(50, 64, generator=generator), torch.randint(10, (50,), generator=generator)
+    by_hand, seen = MLP([64, 16, 10], seed=3), []
+    rule = (
+        torch.optim.SGD(by_hand.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+        if options
+        else torch.optim.AdamW(by_hand.parameters(), 1e-3, weight_decay=0.1)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(9):  # three epochs of 16 + 16 + 16 rows, two left over
+        if step % 3 == 0:
+            order = torch.randperm(50, generator=generator)
+        rows = order[step % 3 * 16 : step % 3 * 16 + 16]
+        loss = torch.nn.functional.cross_entropy(by_hand(x[rows] + y[rows, None]), y[rows])
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+        seen.append((step + 1, loss.item()))
+    told = []
+    net = fit(
+        MLP([64, 16, 10], seed=3), x, y, steps=9, batch_size=16, weight_decay=0.1, seed=seed,
+        prepare=lambda rows, targets: rows + targets[:, None], on_step=lambda *one: told.append(one), **options,
+    )  # fmt: skip
+    assert told == seen
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), by_hand.parameters(), strict=True))
+
+
 def test_training_is_repeatable_and_leaves_the_global_generator_alone():
     data = digits(0)
     before = torch.random.get_rng_state()
@@ -110,6 +141,12 @@ def test_training_is_repeatable_and_leaves_the_global_generator_alone():
     ]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    with pytest.raises(ValueError, match="one at least"):
+        fit(nets[0], data.train[:0], data.train_labels[:0], steps=1)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        fit(nets[0], data.train, data.train_labels, steps=1, batch_size=0)
+    with pytest.raises(TrainingError, match="step 0 is nan"):
+        fit(nets[0], data.train[:5] * torch.nan, data.train_labels[:5], steps=1)
     with pytest.raises(ValueError, match="choose 'adam' or 'sgd'"):
         fit(nets[0], data.train, data.train_labels, steps=1, optimizer="lion")
     with pytest.raises(ValueError, match="two widths"):

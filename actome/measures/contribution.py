@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens
+from .sampling import every_nth
 
 
 class Contribution(Measure):
@@ -31,7 +32,7 @@ class Contribution(Measure):
     Args:
         every: take every k-th position only. The final state has to be known before the first step can be judged, so
             the states of a batch are held until its forward ends; this divides that memory, and the time, by k.
-            Counted from the start of the tensor: with padding on the left other tokens are taken.
+            Counted from each row's first real token.
 
     Shapes: sites (batch, pos, unit), all of one width, at least two; every value (site).
 
@@ -63,7 +64,7 @@ class Contribution(Measure):
     def prepare(self, x: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Every k-th position, (batch, pos / every, unit)."""
         # A slice that is kept would keep the whole tensor.
-        return x.detach() if self.every == 1 else x.detach()[:, :: self.every].clone()
+        return x.detach() if self.every == 1 else every_nth(x.detach(), mask, self.every).clone()
 
     def site_statistics(
         self, x: Sequence[Tensor], mask: Tensor | None = None, tokens: Tensor | None = None
@@ -76,7 +77,7 @@ class Contribution(Measure):
                 f"shapes {sorted(shapes)}"
             )
         if mask is not None:
-            mask = mask[:, :: self.every]
+            mask = every_nth(mask, mask, self.every)
         found = [real_tokens(one, mask) for one in x]
         keep = torch.ones(x[0].shape[:2], dtype=torch.bool, device=x[0].device) if mask is None else mask
         for one in found:

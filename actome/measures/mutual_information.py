@@ -25,7 +25,7 @@ class AdaptiveEdges(Fold):
 
     ``edges``: of the sorted unique values :math:`v_0 < \dots < v_{m-1}`, exact zeros left out, the values
     :math:`v_{\lfloor k m / b \rfloor}`, k = 0 to b - 1, (bins). What lies below the first is a bin of its own: for ReLU
-    the zeros. ``unique``: m, ().
+    the zeros. ``unique``: m, (), or `cap` beyond it.
 
     Exact up to `cap` unique values. Beyond, it keeps those with the smallest hashes, a random sample of the unique
     values which does not depend on their order or on how the stream was cut; the rank of an edge among all values is
@@ -151,8 +151,8 @@ class MutualInformation(Fold):
             if edges is not None:
                 raise MeasureError(f"estimator={estimator!r} makes its own bins; leave edges= out, or take 'ebab'")
             raise MeasureError(
-                "estimator='ebab' puts its bins where the activations are: fold them with AdaptiveEdges first, and give "
-                "edges=, its compute()['edges']; or take 'fixed' or 'akde'"
+                "estimator='ebab' puts its bins where the activations are: fold them with AdaptiveEdges first, and "
+                "give edges=, its compute()['edges']; or take 'fixed' or 'akde'"
             )
         self.estimator, self.num_classes, self.noise, self.unit = estimator, num_classes, noise, unit
         self.max_symbols, self.max_rows = max_symbols, max_rows

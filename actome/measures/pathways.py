@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio
 from .edit_distance import mean_distance
+from .sampling import every_nth
 from .tally import row_hashes
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class _Pathways(Measure):
 
     def prepare(self, x: Tensor, previous: Tensor | None, mask: Tensor | None = None) -> Tensor:
         """Every k-th position, (batch, pos / every, unit)."""
-        return x.detach() if self.every == 1 else x.detach()[:, :: self.every].clone()
+        return x.detach() if self.every == 1 else every_nth(x.detach(), mask, self.every).clone()
 
     def _choices(self, x: Sequence[Tensor], mask: Tensor | None) -> _Choices:
         if len({tuple(one.shape[:2]) for one in x}) > 1 or any(one.ndim != 3 for one in x):
@@ -76,7 +77,7 @@ class _Pathways(Measure):
             )
         keep = torch.ones(x[0].shape[:2], dtype=torch.bool, device=x[0].device)
         if mask is not None:
-            keep = mask[:, :: self.every].clone()
+            keep = every_nth(mask, mask, self.every).clone()
         for one in x:
             keep &= one.isfinite().all(-1)
         scores = [self._scores(one, keep) for one in x]
@@ -148,7 +149,7 @@ class PathwayDistance(_Pathways):
             ``"units"`` at ``blocks.*.mlp.act`` of a dense model.
         sample: ``"row"``, a sequence is a sample; or ``"token"``.
         every: take every k-th position only; the tensors of all sites are held until the forward ends. Counted from
-            the start of the tensor: with padding on the left other tokens are taken.
+            each row's first real token.
         reservoir: how many different pathways to keep.
 
     Shapes: sites (batch, pos, unit); every value (site).

@@ -50,6 +50,23 @@ def taken(x_BTU: Tensor, keep_BT: Tensor | None, mask_BT: Tensor | None, every: 
     return Sample(x_BTU[row, at], row)
 
 
+def every_nth(x_BT: Tensor, mask_BT: Tensor | None, every: int) -> Tensor:
+    """A tensor (batch, pos, ...) or the mask itself at every n-th position, counted from each row's first real token.
+
+    Where rows are padded on the left, those of the mask that lie beyond the end are False.
+
+    >>> mask = torch.tensor([[False, True, True, True]])
+    >>> every_nth(torch.arange(4)[None], mask, 2).tolist(), every_nth(mask, mask, 2).tolist()
+    ([[1, 3]], [[True, True]])
+    """
+    if every == 1 or mask_BT is None:
+        return x_BT[:, ::every]
+    length = mask_BT.shape[1]
+    at_BT = mask_BT.long().argmax(1, keepdim=True) + torch.arange(0, length, every, device=mask_BT.device)
+    taken_BT = x_BT[torch.arange(len(x_BT), device=x_BT.device)[:, None], at_BT.clamp(max=length - 1)]
+    return taken_BT & (at_BT < length) if x_BT is mask_BT else taken_BT
+
+
 def checked_every(every: int) -> int:
     """The option `every` of a measure, proved to be a step.
 

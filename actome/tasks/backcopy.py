@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actome.tasks.draw import counts, positive, share
+
 BEGIN = 0
 
 
@@ -47,6 +49,8 @@ class Backcopy:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        share(trigger_share=self.trigger_share)
+        positive(concentration=self.concentration)
         if not 0 < self.triggers < self.vocab - 2:
             raise ValueError(f"triggers={self.triggers} leaves no two ordinary tokens in a vocabulary of {self.vocab}")
 
@@ -80,6 +84,7 @@ class Backcopy:
         Returns:
             Tokens [sequences, length], int64.
         """
+        counts(sequences=(sequences, 1), length=(length, 2))
         generator = torch.Generator().manual_seed(seed)
         cumulative_VV = self.table().cumsum(1).float()
         uniform_TB = torch.rand(length, sequences, generator=generator)

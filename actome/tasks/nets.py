@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .training import train
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU, "identity": nn.Identity,
@@ -114,6 +117,8 @@ def fit(
 ) -> nn.Module:
     """Trains a net on data that fits into memory, with batches drawn anew each epoch; changes and returns it.
 
+    The plain case of `train`: a constant rate, no warm-up, no limit on the gradient, and a decay of all parameters.
+
     Args:
         x, y: the whole training set, (n, ...) and (n, ...).
         steps: optimiser steps.
@@ -122,42 +127,64 @@ def fit(
         loss: of (output, target); cross-entropy by default.
         on_step: called after each step with the number of steps done and the loss; the net is in training mode.
         prepare: makes the input of a step from its rows and targets, for augmentation or attacks.
-        seed: of the batches' order.
+        seed: of the batches' order, and of whatever the net itself draws; the caller's random state stays.
+
+    Raises:
+        ValueError: no inputs, not as many targets, an empty batch, or an optimizer that does not exist.
+        TrainingError: the loss is not finite.
 
     >>> data = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     >>> net = fit(MLP([4, 16, 2]), data, (data[:, 0] > 0).long(), steps=100, lr=1e-2)
     >>> accuracy(net, data, (data[:, 0] > 0).long()) > 0.9
     True
     """
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} inputs and {len(y)} targets")
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f"{len(x)} inputs and {len(y)} targets; give as many of both, one at least")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: a batch has at least one row")
     if optimizer not in ("adam", "sgd"):
         raise ValueError(f"optimizer={optimizer!r} does not exist; choose 'adam' or 'sgd'")
+    cut, compare = _epochs(x, y, min(batch_size, len(x)), seed), loss or F.cross_entropy
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        rows, targets = cut(step)
+        return (rows if prepare is None else prepare(rows, targets)), targets
+
+    def rule(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        # Every parameter decays here, vectors as well.
+        parameters = [one for group in groups for one in group["params"]]
+        if optimizer == "adam":
+            return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+
+    return train(
+        net,
+        batch,
+        steps,
+        loss=lambda module, inputs, targets: compare(module(inputs), targets),
+        optimizer=rule,
+        schedule="constant",
+        warmup=0,
+        clip=None,
+        on_step=None if on_step is None else lambda step, value, _: on_step(step, value),
+        seed=seed,
+    ).module
+
+
+def _epochs(x: Tensor, y: Tensor, batch_size: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """The batch of each step, asked for in turn: rows in an order drawn anew whenever too few are left for one."""
     generator = torch.Generator().manual_seed(seed)
-    loss = loss or F.cross_entropy
-    parameters = [one for one in net.parameters() if one.requires_grad]
-    if optimizer == "adam":
-        step_rule: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
-    else:
-        step_rule = torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
-    batch_size = min(batch_size, len(x))
-    order, at = torch.randperm(len(x), generator=generator), 0
-    net.train()
-    for step in range(steps):
-        if at + batch_size > len(x):
-            order, at = torch.randperm(len(x), generator=generator), 0
+    order, per_epoch = torch.empty(0), len(x) // batch_size
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        nonlocal order
+        at = step % per_epoch * batch_size
+        if at == 0:
+            order = torch.randperm(len(x), generator=generator)
         rows = order[at : at + batch_size]
-        at += batch_size
-        batch, targets = x[rows], y[rows]
-        if prepare is not None:
-            batch = prepare(batch, targets)
-        value = loss(net(batch), targets)
-        step_rule.zero_grad(set_to_none=True)
-        value.backward()
-        step_rule.step()
-        if on_step is not None:
-            on_step(step + 1, float(value.detach()))
-    return net.eval()
+        return x[rows], y[rows]
+
+    return batch
 
 
 @torch.no_grad()

@@ -128,6 +128,8 @@ def train(
         )
     device = parameters[0].device
     take, steps = _batches(batches, steps, batch_size, seed, device)
+    if steps < 0:
+        raise TrainingError(f"steps={steps}: give 0 or more")
     keep = _steps_kept(checkpoints, steps)
     warm = min(steps // 10, 100) if warmup is None else warmup
     groups = [
@@ -155,6 +157,9 @@ def train(
             for group, rate in zip(adam.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             batch_loss = loss(module, *take(step))
+            if not isinstance(batch_loss, Tensor) or batch_loss.numel() != 1:
+                given = tuple(batch_loss.shape) if isinstance(batch_loss, Tensor) else type(batch_loss).__name__
+                raise TrainingError(f"loss(module, *batch) gives one number as a tensor, not {given}")
             adam.zero_grad()
             batch_loss.backward()
             if clip is not None:
@@ -195,6 +200,11 @@ def _batches(
             return tuple(x.to(device) for x in (batch if isinstance(batch, tuple | list) else (batch,)))
 
         return made, steps
+    if not isinstance(batches, Tensor | tuple | list) or not len(batches):
+        kind = type(batches).__name__
+        raise TrainingError(f"`batches` is a tensor, a tuple of tensors or a function of the step, not {kind}")
+    if batch_size < 1:
+        raise TrainingError(f"batch_size={batch_size}: a batch has at least one row")
     columns = (batches,) if isinstance(batches, Tensor) else tuple(batches)
     rows = len(columns[0])
     if any(len(column) != rows for column in columns):

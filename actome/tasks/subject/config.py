@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -96,9 +97,14 @@ class SubjectConfig(PreTrainedConfig):
     init: float = 0.5
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # What transformers does not know either is kept by its configurations without a word.
+        for name in kwargs:
+            close = difflib.get_close_matches(name, SubjectConfig.__annotations__, 1, 0.8)
+            if close:
+                raise ValueError(f"{name}={kwargs[name]!r} is no option of a subject; nearest: {close[0]}")
         for name in ("vocab", "d_model", "layers", "heads", "context", "d_head", "d_mlp", "d_in"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value}: give a whole number of at least 1")
         if self.d_head is None:
             if self.d_model % self.heads:
@@ -129,6 +135,10 @@ class SubjectConfig(PreTrainedConfig):
             raise ValueError(f"rotary positions turn pairs of channels; d_head={self.d_head} is odd, give an even one")
         if self.positions == "alibi" and not self.causal:
             raise ValueError("alibi looks back; with causal=False choose other positions")
+        if self.experts < 0:
+            raise ValueError(f"experts={self.experts}: give a number of experts, or 0 for one MLP a block")
+        if not 0 <= self.init < float("inf"):
+            raise ValueError(f"init={self.init}: give the size of the initial weights, 0 or more")
         if self.experts and not 0 < self.active_experts <= self.experts:
             raise ValueError(
                 f"active_experts={self.active_experts}: give a number from 1 to {self.experts}, the number of experts"
