@@ -269,7 +269,11 @@ def _rank(rank: int, folder: str) -> None:
 def _without_processes(measure: Measure, x: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     if measure.layout == "depth":
         x = torch.stack([measure.prepare(x[i], x[i - 1] if i else None) for i in range(len(x))])
-    return measure.values(measure.statistics(x, None, tokens))
+    elif measure.layout == "sites":
+        x = [measure.prepare(one, None) for one in x]
+    stats = measure.statistics(x, None, tokens)
+    kept = {name: measure.bounded(name, stats[name]) for name, how in measure.reductions.items() if how == "cat"}
+    return measure.values({**stats, **kept})
 
 
 @pytest.mark.filterwarnings("ignore")
