@@ -23,6 +23,8 @@ from .timing import Figure, interleave, threads
 NAME = "panels"
 # What a panel may cost, in forwards of the bare model.
 LIMITS = {"health": 1.35, "all": 2.5}
+# Batches of the two processes whose peaks are compared.
+COUNTS = {"health": (4, 16), "all": (16, 32)}
 
 # Makes the C library give every large block back at once, so that a peak is what was in use and not what was hoarded.
 # Smaller ones than these 2 MB, the buffers of measures among them, come and go too often for that.
@@ -72,10 +74,11 @@ def _time(options: Options) -> Iterator[Row]:
 
 
 def _memory(options: Options, name: str) -> Row:
-    """The peak of a process that measures four times as much text, beside one that measures less."""
-    few, many = (2, 4) if options.quick else (4, 16)
+    """The peak of a process that measures two or four times as much text, beside one that measures less."""
+    few, many = (2, 4) if options.quick else COUNTS[name]
     growth = []
-    for _ in range(options.rounds(2)):
+    # Minutes for `all`, whose allocator settles only after some batches.
+    for _ in range(options.rounds(2) if name == "health" else 1):
         peaks = [_peak_of(name, count, options.threads) for count in (few, many)]
         growth.append((peaks[1]["measured"] - peaks[0]["measured"]) / 1e6)
     bare, measured = (peaks[1][which] / 1e6 for which in ("bare", "measured"))
