@@ -382,3 +382,28 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
 def test_a_page_does_not_go_to_a_file_named_like_an_option() -> None:
     with pytest.raises(UsageError, match="only --json"):
         make_room("-")
+
+
+def test_too_little_text_for_a_rise_of_perplexity_is_refused_with_how_much_is_needed():
+    with pytest.raises(MeasureError, match="at least 64"):
+        ppl_sparsity(ac.demo(), "The value of the expression is", "It is what it is")
+
+
+def test_models_of_other_vocabularies_are_not_compared_on_text():
+    class Other:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def get_vocab(self):
+            return {"another": 0}
+
+    a, b = ac.demo(), ac.demo(0)
+    assert len(compare(a, b, "The value of the expression is an integer.", "blocks.0.resid.post")) == 1
+    b.tokenizer = Other(b.tokenizer)
+    with pytest.raises(MeasureError, match="other vocabularies"):
+        compare(a, b, "The value of the expression is an integer.", "blocks.0.resid.post")
+    ids = torch.randint(0, 2000, (2, 20))
+    assert len(compare(a, b, ids, "blocks.0.resid.post")) == 1

@@ -22,6 +22,10 @@ Rule = Literal["cett", "fat", "topk", "zero"]
 _Taps = list[tuple[Any, Callable[[Tensor], Tensor], Literal["write"]]]
 
 
+# Tokens to predict without which no rise of perplexity is worth telling.
+_LEAST = 64
+
+
 @dataclass(frozen=True)
 class Silenced:
     """A model with part of its MLP units silenced, token by token.
@@ -90,13 +94,16 @@ def ppl_sparsity(
         nothing, as before training, can be dropped altogether: sparsity 1.
 
     Raises:
-        MeasureError: p is not above 0, or calibration and held-out text are the same.
+        MeasureError: p is not above 0, calibration and held-out text are the same, or the held-out text has fewer than
+            64 tokens to predict. Far more are wanted: with n of them the rise is known to about its spread between
+            tokens over sqrt(n).
 
     Source: Luo et al. 2024, Sparsing Law; the bisection as in its released code.
 
     Example:
         >>> import actome as ac
-        >>> found = ppl_sparsity(ac.demo(), "The value of the expression is", "It is what it is", tolerance=0.1)
+        >>> one, other = ("The value of the expression is. " * 20, "It is what it is, and that is that. " * 20)
+        >>> found = ppl_sparsity(ac.demo(), one, other, tolerance=0.1)
         >>> found.ratio <= 1.01, 0 <= found.sparsity <= 1
         (True, True)
     """
@@ -111,6 +118,11 @@ def ppl_sparsity(
     if not math.isfinite(dense):
         raise MeasureError(
             f"the loss on the held-out text is {dense}: it needs a token with one before it, and logits that are finite"
+        )
+    if bench.predictions < _LEAST:
+        raise MeasureError(
+            f"the held-out text has {bench.predictions} tokens to predict; a rise of {p} % needs at least {_LEAST}, "
+            "and thousands to be known well"
         )
     tried: list[tuple[float, float, float]] = []
 
@@ -219,6 +231,7 @@ class _Bench:
         self.model, self.text, self.batch_size = model, text, batch_size
         self.names = [site.name for site in model.match(sites)]
         self.measures: dict[Any, Any] = {tuple(self.names): UnitFrequency()}
+        self.predictions = 0
         if loss:
             self.measures["logits"] = NextTokenLoss()
 
@@ -226,6 +239,7 @@ class _Bench:
         with self.model.tap(taps):
             table = self.model.measure(self.text, self.measures, batch_size=self.batch_size)
         kept = {name: float(table.value("active", name)) for name in self.names}
+        self.predictions = sum(int(one.measure.predictions) for one in table if "loss" in one.values)
         return float(table.value("loss")) if "logits" in self.measures else math.nan, kept
 
 

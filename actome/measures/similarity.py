@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.errors import MeasureError, nearest
 from ..core.fold import Fold
 from ..core.stream import batches, canonical, fitting
+from ..core.text import Text
 from .cca import CCA, SVCCA
 from .cka import CKA, LinearCKA
 from .neighbours import MutualKNN
@@ -96,7 +97,8 @@ def compare(
 
     Raises:
         SiteError: a pattern that matches nothing.
-        MeasureError: the sites do not have the same tokens, or there were too few.
+        MeasureError: the sites do not have the same tokens, or there were too few; text for models whose tokenizers
+            have other vocabularies.
 
     Example:
         >>> import actome as ac
@@ -106,6 +108,7 @@ def compare(
         ((16, 6), True)
     """
     sites = _sites(a, sites_a), _sites(b, sites_a if sites_b is None else sites_b)
+    _same_words(a, b, inputs)
     grid = CKA(**options) if metric == "cka" else None
     pairs = [] if grid is not None else [[_metric(metric, options)[0] for _ in sites[1]] for _ in sites[0]]
     for arguments, _, mask in batches(a, inputs, batch_size):
@@ -138,6 +141,17 @@ def compare(
         name = METRICS[metric][1]
         values = [[float(fold.compute()[name]) for fold in row] for row in pairs]
     return _table(sites[0], sites[1], metric, values)
+
+
+def _same_words(a: Model, b: Model, inputs: Any) -> None:
+    """Refuses text for two models to whom its ids would mean different things."""
+    text = isinstance(inputs, str | Text) or (isinstance(inputs, list) and bool(inputs) and isinstance(inputs[0], str))
+    words = [one.tokenizer.get_vocab() for one in (a, b) if hasattr(one.tokenizer, "get_vocab")]
+    if a is not b and text and len(words) == 2 and words[0] != words[1]:
+        raise MeasureError(
+            f"{a.name} and {b.name} have tokenizers with other vocabularies, and the same ids would be other text to "
+            "each; give ids that mean the same to both, or compare features of whole texts with similarity()"
+        )
 
 
 def _metric(metric: str, options: dict[str, Any]) -> tuple[Fold, str]:
