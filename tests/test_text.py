@@ -234,6 +234,9 @@ def test_bad_sources_say_what_to_do(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TextError, match=r"no file or folder .*note\.txt'; nearest: notes\.txt"):
         Text(str(tmp_path / "note.txt"), PLAIN)
+    (tmp_path / ("deep" * 10)).mkdir()
+    with pytest.raises(TextError, match=r"no file or folder .*no-such-file\.txt'"):  # however long the path before it
+        Text(str(tmp_path / ("deep" * 10) / "no-such-file.txt"), PLAIN)
     with pytest.raises(TextError, match=r"to give the text itself, pass \[text\]"):
         Text("The cat sat on\nthe mat", PLAIN)
     with pytest.raises(TextError, match="taken for a path"):

@@ -221,8 +221,8 @@ def _first_bad_byte(path: Path, encoding: str) -> tuple[int, bytes, bytes]:
 
 
 def _missing(path: Path, source: str) -> str:
-    shown = source if len(source) <= 80 else f"{source[:77]}..."
     if len(source) > 255 or "\n" in source:
+        shown = source if len(source) <= 80 else f"{source[:77]}..."
         return f"a string is taken for a path, and there is no {shown!r}; to give the text itself, pass [text]"
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
@@ -231,7 +231,7 @@ def _missing(path: Path, source: str) -> str:
         near = nearest(path.name, sorted(os.listdir(parent)))
     except OSError:
         near = ""
-    return f"there is no file or folder {shown!r}{near} (in {parent}); to give the text itself, pass [text]"
+    return f"there is no file or folder {source!r}{near} (in {parent}); to give the text itself, pass [text]"
 
 
 def _codec(encoding: str) -> str:
