@@ -14,9 +14,8 @@ from measured import SUBJECTS, activations, assert_same, generator, ids, measure
 from torch import Tensor
 
 from actome.core.errors import MeasureError, SiteError
-from actome.core.measure import Measure, MeasureResult, MeasureTable, real_tokens
+from actome.core.measure import TOGETHER, Measure, MeasureResult, MeasureTable, real_tokens
 from actome.core.sites import Site
-from actome.core.stream import TOGETHER
 from actome.measures import ActivationScale, EffectiveRank, Movement, SinkScore, Sparsity
 
 every = pytest.mark.parametrize("name", SUBJECTS)

@@ -12,6 +12,7 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured import generator
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
@@ -23,10 +24,6 @@ from actome.measures.regions import region_diameter, regions_on_segment
 from actome.tasks.nets import CNN, MLP
 
 some = settings(max_examples=15, deadline=None)
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -47,7 +44,7 @@ def fold(*parts: Tensor, **options) -> ActivationCode:
 
 @pytest.mark.parametrize("units", [4, 70])
 def test_codes_are_what_a_dictionary_says(units):
-    z = torch.randn(120, 6, generator=gen()) @ torch.randn(6, units, generator=gen(1))
+    z = torch.randn(120, 6, generator=generator()) @ torch.randn(6, units, generator=generator(1))
     z[60:] = z[:60]
     z[:, 0], z[:, 1] = 1.0, -1.0
     got = fold(z[:50], z[50:]).compute()
@@ -68,7 +65,7 @@ def test_codes_are_what_a_dictionary_says(units):
 @given(seed=st.integers(0, 1000), cut=st.integers(1, 59), cap=st.sampled_from([16, 1 << 16]))
 @some
 def test_codes_merge_whatever_the_order(seed, cut, cap):
-    z = torch.randn(60, 7, generator=gen(seed))
+    z = torch.randn(60, 7, generator=generator(seed))
     a, b = fold(z[:cut], cap=cap), fold(z[cut:], cap=cap)
     a.merge_state(b)
     same(a.compute(), fold(z.flip(0), cap=cap).compute())
@@ -76,7 +73,7 @@ def test_codes_merge_whatever_the_order(seed, cut, cap):
 
 
 def test_beyond_the_cap_counts_are_estimates_within_their_error_and_memory_is_bounded():
-    z = torch.randn(30_000, 16, generator=gen())
+    z = torch.randn(30_000, 16, generator=generator())
     exact, estimate = fold(z), fold(*z.split(1000), cap=1000)
     assert len(estimate.codes) == 1001
     a, b = exact.compute(), estimate.compute()
@@ -88,7 +85,7 @@ def test_beyond_the_cap_counts_are_estimates_within_their_error_and_memory_is_bo
 
 
 def test_codes_of_several_layers_and_of_bad_rows():
-    a, b = torch.randn(9, 3, generator=gen()), torch.randn(9, 5, generator=gen(1))
+    a, b = torch.randn(9, 3, generator=generator()), torch.randn(9, 5, generator=generator(1))
     assert torch.equal(codes_of([a, b]), torch.cat([a, b], 1) > 0)
     bad = torch.cat([a, torch.tensor([[torch.nan, 1.0, 1.0]])])
     same(fold(bad).compute(), fold(a).compute())
@@ -101,8 +98,8 @@ def test_codes_of_several_layers_and_of_bad_rows():
 
 
 def test_hamming_and_neighbours_are_those_of_scikit_learn():
-    train, test = (torch.rand(n, 80, generator=gen(n)) > 0.5 for n in (200, 400))
-    y = torch.randint(0, 4, (200,), generator=gen())
+    train, test = (torch.rand(n, 80, generator=generator(n)) > 0.5 for n in (200, 400))
+    y = torch.randint(0, 4, (200,), generator=generator())
     direct = (test[:, None] != train[None]).sum(-1)
     assert torch.equal(hamming(test, train), direct.float())
     theirs = KNeighborsClassifier(9, metric="hamming", algorithm="brute").fit(train.numpy(), y.numpy())
@@ -116,8 +113,8 @@ def test_hamming_and_neighbours_are_those_of_scikit_learn():
 
 def test_codes_of_planted_classes_are_categorised_and_random_ones_are_not():
     y = torch.arange(300) % 3
-    prototypes = torch.rand(3, 40, generator=gen()) > 0.5
-    flips = torch.rand(300, 40, generator=gen(1)) < 0.1
+    prototypes = torch.rand(3, 40, generator=generator()) > 0.5
+    flips = torch.rand(300, 40, generator=generator(1)) < 0.1
     codes = prototypes[y] ^ flips
     good = code_accuracy(codes[:200], y[:200] + 5, codes[200:], y[200:] + 5)
     assert min(good.kmeans, good.knn, good.logistic) > 0.95
@@ -137,7 +134,7 @@ def test_codes_of_planted_classes_are_categorised_and_random_ones_are_not():
 
 def test_regions_of_one_hidden_layer_are_counted_by_its_hyperplanes():
     net = MLP([5, 40, 3], seed=3)
-    start, end = torch.randn(2, 6, 5, generator=gen(), dtype=torch.float64) * 2
+    start, end = torch.randn(2, 6, 5, generator=generator(), dtype=torch.float64) * 2
     with torch.no_grad():
         a, b = (net.linear[0].double()(x) for x in (start, end))
     # Each unit's border is a hyperplane, which a line crosses once at most.
@@ -179,8 +176,8 @@ def test_the_diameter_of_a_square_is_the_mean_chord_through_its_middle():
 
 
 def test_diameters_agree_with_walking():
-    net, x = MLP([3, 10, 10, 2], seed=2).double(), torch.randn(1, 3, generator=gen(), dtype=torch.float64)
-    v = torch.randn(x.shape, generator=gen(7), dtype=torch.float64)
+    net, x = MLP([3, 10, 10, 2], seed=2).double(), torch.randn(1, 3, generator=generator(), dtype=torch.float64)
+    v = torch.randn(x.shape, generator=generator(7), dtype=torch.float64)
     v = v / v.norm()
 
     def code(t):
@@ -233,7 +230,7 @@ def test_regions_leave_the_model_as_it_was():
 
 
 def test_filter_quality_is_what_the_published_formulas_give():
-    weight = torch.randn(12, 8, 3, 3, generator=gen())
+    weight = torch.randn(12, 8, 3, 3, generator=generator())
     weight[:3] *= 1e-4
     got = FilterQuality().of(weight)
     rows = weight.double().numpy().reshape(96, 9)
@@ -251,10 +248,10 @@ def test_filter_quality_is_what_the_published_formulas_give():
 
 def test_random_filters_are_random_and_one_pattern_is_one_pattern():
     for n in (128, 1024, 8192):
-        entropy = variance_entropy(torch.rand(n, 9, generator=gen(n)))
+        entropy = variance_entropy(torch.rand(n, 9, generator=generator(n)))
         # The fit is of the least entropy that random filters have, up to 0.015 below their mean at 128.
         assert 0.99 < entropy / random_entropy(n) < 1.02
-    one = torch.randn(1, 9, generator=gen()) * torch.randn(200, 1, generator=gen(1))
+    one = torch.randn(1, 9, generator=generator()) * torch.randn(200, 1, generator=generator(1))
     assert variance_entropy(one) < 1e-6
     assert variance_entropy(torch.ones(5, 9)) == 0
 
@@ -280,7 +277,10 @@ def test_layers_are_listed_and_odd_ones_told():
 
 
 def test_drift_is_the_weighted_symmetric_divergence():
-    a, b = torch.randn(400, 9, generator=gen()), torch.randn(300, 9, generator=gen(1)) * torch.linspace(0.2, 2, 9)
+    a, b = (
+        torch.randn(400, 9, generator=generator()),
+        torch.randn(300, 9, generator=generator(1)) * torch.linspace(0.2, 2, 9),
+    )
     got = filter_drift(a, b)
     rows = [x.double().numpy() / np.abs(x.double().numpy()).max(1, keepdims=True) for x in (a, b)]
     both = np.concatenate(rows)
@@ -298,8 +298,8 @@ def test_drift_is_the_weighted_symmetric_divergence():
 
 
 def test_drift_grows_with_the_planted_shift_and_takes_models():
-    a = torch.randn(2000, 9, generator=gen())
-    shifted = [filter_drift(a, torch.randn(2000, 9, generator=gen(1)) + shift) for shift in (0.0, 0.3, 1.0)]
+    a = torch.randn(2000, 9, generator=generator())
+    shifted = [filter_drift(a, torch.randn(2000, 9, generator=generator(1)) + shift) for shift in (0.0, 0.3, 1.0)]
     assert shifted[0] < 0.2 < shifted[1] < shifted[2]
     nets = [CNN([1, 32, 32], 10, seed=seed) for seed in (0, 1)]
     assert filter_drift(*nets) < 0.5

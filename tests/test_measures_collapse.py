@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured import generator
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -29,10 +30,6 @@ from actome.tasks.nets import MLP
 some = settings(max_examples=15, deadline=None)
 
 
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def same(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 1e-9, atol: float = 1e-10) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -40,8 +37,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 1e-9, atol: f
 
 
 def classes(seed: int = 0, rows: int = 90, units: int = 12, k: int = 4) -> tuple[Tensor, Tensor]:
-    y = torch.randint(0, k, (rows,), generator=gen(seed))
-    return 2 * torch.randn(k, units, generator=gen(seed))[y] + torch.randn(rows, units, generator=gen(seed + 1)), y
+    y = torch.randint(0, k, (rows,), generator=generator(seed))
+    return 2 * torch.randn(k, units, generator=generator(seed))[y] + torch.randn(
+        rows, units, generator=generator(seed + 1)
+    ), y
 
 
 # -- neural collapse -----------------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ def test_neural_collapse_is_what_numpy_says(offset):
 
 def test_a_planted_simplex_has_collapsed_and_its_dual_weights_too():
     k, units = 5, 20
-    simplex = (torch.eye(k) - 1 / k) @ torch.linalg.qr(torch.randn(units, k, generator=gen()))[0].T
+    simplex = (torch.eye(k) - 1 / k) @ torch.linalg.qr(torch.randn(units, k, generator=generator()))[0].T
     y = torch.arange(50) % k
     x = 3 * simplex[y] + 7.0
     one = NeuralCollapse(k, weights=0.2 * simplex)
@@ -126,7 +125,7 @@ def test_absent_classes_and_classes_of_one_are_told_and_do_not_count():
     wide = NeuralCollapse(7)
     wide.update(x, y)
     same(wide.compute(), full.compute())
-    wide.update(torch.randn(1, 12, generator=gen(5)), torch.tensor([6]))
+    wide.update(torch.randn(1, 12, generator=generator(5)), torch.tensor([6]))
     got = wide.compute()
     assert (int(got["classes"]), int(got["singletons"])) == (4, 1)
     for name in ("nc1", "nc1_pinv"):
@@ -136,7 +135,7 @@ def test_absent_classes_and_classes_of_one_are_told_and_do_not_count():
 
 def test_neural_collapse_without_enough_to_say():
     one = NeuralCollapse(3)
-    one.update(torch.randn(5, 2, generator=gen()), torch.zeros(5).long())
+    one.update(torch.randn(5, 2, generator=generator()), torch.zeros(5).long())
     got = one.compute()
     assert all(got[name].isnan() for name in ("nc1", "nc1_pinv", "nc2", "equinorm"))
     same_means = NeuralCollapse(2)
@@ -167,7 +166,7 @@ def test_nc4_by_hand_and_merged():
     x, y = classes()
     first = NeuralCollapse(4)
     first.update(x, y)
-    outputs = torch.randn(90, 4, generator=gen(9))
+    outputs = torch.randn(90, 4, generator=generator(9))
     parts = [CentreAgreement(first.means) for _ in range(2)]
     parts[0].update(x[:40], y[:40], outputs[:40]), parts[1].update(x[40:], y[40:], outputs[40:])
     parts[0].merge_state(parts[1])
@@ -237,7 +236,7 @@ def pairwise(x_TU: Tensor) -> float:
 
 @pytest.mark.parametrize("skip", [0, 2])
 def test_token_cosine_is_the_mean_over_pairs_with_padding_on_either_side(skip):
-    x = torch.randn(3, 7, 5, generator=gen()) + 1
+    x = torch.randn(3, 7, 5, generator=generator()) + 1
     mask = torch.tensor([[True] * 7, [False] * 2 + [True] * 5, [True] * 4 + [False] * 3])
     rows = [x[0], x[1, 2:], x[2, :4]]
     padded = x.masked_fill(~mask[..., None], torch.nan)
@@ -259,7 +258,7 @@ def test_token_cosine_of_odd_sequences():
     assert value(torch.tensor([[[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]])) == pytest.approx(0.5**0.5)
     # The non-finite token is left out, the rest stays.
     assert value(torch.tensor([[[1.0, 0.0], [torch.nan, 0.0], [1.0, 1.0]]])) == pytest.approx(0.5**0.5)
-    x = torch.randn(2, 3, 6, 4, generator=gen()).bfloat16()
+    x = torch.randn(2, 3, 6, 4, generator=generator()).bfloat16()
     one = TokenCollapse()
     one.update(x)
     got = one.compute()["token_cosine"]
@@ -299,7 +298,7 @@ def test_a_position_with_a_nan_logit_predicts_nothing():
 
 
 def test_attention_progress_by_hand_and_merged():
-    g = gen()
+    g = generator()
     pattern = torch.randn(4, 3, 6, 6, generator=g).tril()
     target = torch.zeros(6, 6, dtype=torch.bool)
     target[3, 1] = target[4, [0, 2]] = True
@@ -330,7 +329,7 @@ def test_attention_progress_by_hand_and_merged():
 
 
 def posteriors(seed: int = 0, rows: int = 200) -> tuple[Tensor, Tensor]:
-    g = gen(seed)
+    g = generator(seed)
     scale = torch.tensor([0.0, 1.0, 0.05, 0.0])
     mu = scale * torch.randn(rows, 4, generator=g)
     logvar = torch.tensor([0.0, -2.0, 0.0, 0.0]).expand(rows, 4).clone()
@@ -397,7 +396,7 @@ def test_the_forecast_is_the_optimum_of_the_linear_objective():
     covariance = torch.diag(torch.tensor([4.0, 2.0, 0.8], dtype=torch.float64))
     beta, eta = 1.5, 0.8
     forecast = forecast_from_covariance(covariance, beta=beta, eta=eta)
-    encoder, decoder = (torch.randn(3, 3, generator=gen(s), dtype=torch.float64).requires_grad_() for s in (0, 1))
+    encoder, decoder = (torch.randn(3, 3, generator=generator(s), dtype=torch.float64).requires_grad_() for s in (0, 1))
     logvar = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([encoder, decoder, logvar], max_iter=500, line_search_fn="strong_wolfe")
 
@@ -420,8 +419,8 @@ def test_the_forecast_is_the_optimum_of_the_linear_objective():
 
 
 def test_a_condition_takes_what_it_explains():
-    x = torch.randn(5000, 2, generator=gen(), dtype=torch.float64)
-    noise = torch.randn(5000, 2, generator=gen(1), dtype=torch.float64)
+    x = torch.randn(5000, 2, generator=generator(), dtype=torch.float64)
+    noise = torch.randn(5000, 2, generator=generator(1), dtype=torch.float64)
     y = torch.tensor([2.0, 3.0]) * (0.9 * x + (1 - 0.81) ** 0.5 * noise)
     alone, given_x = linear_vae_forecast(y), linear_vae_forecast(y, x)
     residual = y - x @ torch.linalg.lstsq(x - x.mean(0), y - y.mean(0)).solution

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured import generator
 from sklearn.feature_selection import mutual_info_regression
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
@@ -23,10 +24,6 @@ from actome.measures.tally import kept, mixed, packed, row_hashes, tallied
 from actome.measures.v_information import v_information
 
 some = settings(max_examples=15, deadline=None)
-
-
-def gen(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def entropy_bits(symbols: list) -> float:
@@ -50,7 +47,7 @@ def test_mixing_is_splitmix64():
 
 
 def test_hashes_tell_rows_apart_also_in_order_and_beyond_63_bits():
-    bits = torch.rand(3000, 130, generator=gen()) > 0.5
+    bits = torch.rand(3000, 130, generator=generator()) > 0.5
     rows = {tuple(row) for row in bits.tolist()}
     assert len(row_hashes(packed(bits)).unique()) == len(rows)
     changed = bits[:1].clone()
@@ -61,11 +58,11 @@ def test_hashes_tell_rows_apart_also_in_order_and_beyond_63_bits():
 
 
 def test_a_full_tally_keeps_exact_counts_of_a_sample_of_symbols_however_the_stream_is_cut():
-    symbols = torch.randint(0, 3000, (20_000, 1), generator=gen())
+    symbols = torch.randint(0, 3000, (20_000, 1), generator=generator())
     rows = torch.stack([row_hashes(symbols), torch.ones(20_000, dtype=torch.int64)], -1)
     whole = tallied(rows, 500)
     cut = rows[:0]
-    for part in rows[torch.randperm(20_000, generator=gen(1))].split(3000):
+    for part in rows[torch.randperm(20_000, generator=generator(1))].split(3000):
         cut = tallied(torch.cat([cut, tallied(part, 500)]), 500)
     assert torch.equal(whole, cut)
     hashes, counts = rows[:, 0].unique(return_counts=True)
@@ -87,7 +84,7 @@ def edges_of(x: Tensor, bins: int = 30, **options) -> Tensor:
 
 
 def test_edges_hold_equally_many_unique_values_and_zeros_have_a_bin():
-    x = torch.randn(400, 5, generator=gen()).relu()
+    x = torch.randn(400, 5, generator=generator()).relu()
     edges = edges_of(x, 7)
     assert float(edges[0]) == float(x[x > 0].min())
     unique = x[x > 0].unique()
@@ -99,7 +96,7 @@ def test_edges_hold_equally_many_unique_values_and_zeros_have_a_bin():
 @given(seed=st.integers(0, 1000), cut=st.integers(1, 29), cap=st.sampled_from([16, 1 << 16]))
 @some
 def test_edges_merge(seed, cut, cap):
-    x = torch.randn(30, 3, generator=gen(seed))
+    x = torch.randn(30, 3, generator=generator(seed))
     parts = [AdaptiveEdges(4, cap), AdaptiveEdges(4, cap)]
     parts[0].update(x[:cut]), parts[1].update(x[cut:])
     parts[0].merge_state(parts[1])
@@ -107,7 +104,7 @@ def test_edges_merge(seed, cut, cap):
 
 
 def test_sampled_edges_are_near_the_exact_ones():
-    x = torch.randn(200_000, 1, generator=gen())
+    x = torch.randn(200_000, 1, generator=generator())
     exact, sampled = edges_of(x, 10, cap=1 << 18), edges_of(x, 10, cap=4096)
     ranks = [float((x < e).double().mean()) for e in sampled[1:]]
     # Two standard errors are at most 1 / sqrt(4096); four of them for nine edges at once.
@@ -117,8 +114,8 @@ def test_sampled_edges_are_near_the_exact_ones():
 
 @pytest.mark.parametrize("estimator", ["ebab", "fixed"])
 def test_binned_information_is_that_of_the_symbols(estimator):
-    x = torch.randn(300, 2, generator=gen()).tanh()
-    y = (x[:, 0] + 0.3 * torch.randn(300, generator=gen(1)) > 0).long()
+    x = torch.randn(300, 2, generator=generator()).tanh()
+    y = (x[:, 0] + 0.3 * torch.randn(300, generator=generator(1)) > 0).long()
     edges = edges_of(x, 5) if estimator == "ebab" else None
     one = MutualInformation(estimator, num_classes=2, edges=edges, bins=5)
     one.update(x[:100], y[:100]), one.update(x[100:], y[100:])
@@ -139,8 +136,8 @@ def test_binned_information_is_that_of_the_symbols(estimator):
 @given(seed=st.integers(0, 1000), cut=st.integers(1, 29))
 @some
 def test_information_merges_and_padding_rows_do_not_exist(estimator, seed, cut):
-    x = torch.randn(30, 2, generator=gen(seed))
-    y = torch.randint(0, 3, (30,), generator=gen(seed))
+    x = torch.randn(30, 2, generator=generator(seed))
+    y = torch.randint(0, 3, (30,), generator=generator(seed))
     edges = edges_of(x, 4) if estimator == "ebab" else None
 
     def fold(*parts):
@@ -160,7 +157,7 @@ def test_information_merges_and_padding_rows_do_not_exist(estimator, seed, cut):
 
 
 def test_akde_is_the_double_sum_and_does_not_see_the_scale():
-    x = torch.randn(40, 3, generator=gen(), dtype=torch.float64)
+    x = torch.randn(40, 3, generator=generator(), dtype=torch.float64)
     y = torch.arange(40) % 2
 
     def values(t):
@@ -196,7 +193,7 @@ def test_akde_bounds_hold_for_far_clusters():
 
 
 def test_more_symbols_than_the_cap_are_estimated_within_the_stated_error():
-    x = torch.randint(0, 5, (6000, 4), generator=gen()).float()
+    x = torch.randint(0, 5, (6000, 4), generator=generator()).float()
     y = (x.sum(1) > 8).long()
 
     def values(cap):
@@ -212,7 +209,7 @@ def test_more_symbols_than_the_cap_are_estimated_within_the_stated_error():
 
 
 def test_bfloat16_and_constant_layers():
-    x = torch.randn(50, 2, generator=gen()).bfloat16()
+    x = torch.randn(50, 2, generator=generator()).bfloat16()
     y = torch.arange(50) % 2
     edges = edges_of(x, 4)
     a, b = (MutualInformation(num_classes=2, edges=edges) for _ in range(2))
@@ -263,8 +260,8 @@ def test_compression():
 
 def test_kde_information_of_a_gaussian_pair_is_that_of_the_smoothed_gaussian():
     rho, n = 0.8, 20_000
-    x = torch.randn(n, 1, generator=gen())
-    y = rho * x[:, 0] + (1 - rho**2) ** 0.5 * torch.randn(n, generator=gen(1))
+    x = torch.randn(n, 1, generator=generator())
+    y = rho * x[:, 0] + (1 - rho**2) ** 0.5 * torch.randn(n, generator=generator(1))
     one = FeatureInformation("kde", unit="nats", grid=128)
     one.update(x, y)
     # Smoothing adds h^2 to both variances: a correlation of rho / (1 + h^2) is left. The rest is sampling.
@@ -274,7 +271,7 @@ def test_kde_information_of_a_gaussian_pair_is_that_of_the_smoothed_gaussian():
 
 def test_kde_information_against_a_direct_sum_over_all_pairs():
     n, grid = 60, 32
-    x, y = torch.randn(n, 1, generator=gen()), torch.randn(n, generator=gen(1))
+    x, y = torch.randn(n, 1, generator=generator()), torch.randn(n, generator=generator(1))
     one = FeatureInformation("kde", unit="nats", grid=grid)
     one.update(x, y)
     h, points = n ** (-1 / 6), np.linspace(-4.5, 4.5, grid)
@@ -289,7 +286,7 @@ def test_kde_information_against_a_direct_sum_over_all_pairs():
 def test_kde_information_about_classes_against_a_direct_sum():
     n, grid = 300, 256
     y = (torch.arange(n) % 3 == 0).long()
-    x = torch.randn(n, 1, generator=gen()) + 1.5 * y[:, None]
+    x = torch.randn(n, 1, generator=generator()) + 1.5 * y[:, None]
     one = FeatureInformation("kde", num_classes=2, unit="nats", grid=grid)
     one.update(x, y)
     z, points = ((x - x.mean()) / x.std()).double().numpy()[:, 0], np.linspace(-4.5, 4.5, grid)
@@ -302,7 +299,7 @@ def test_kde_information_about_classes_against_a_direct_sum():
 
 
 def test_bins_are_equally_frequent_and_give_the_information_of_the_table():
-    x, y = torch.randn(800, 3, generator=gen()), torch.randn(800, generator=gen(1))
+    x, y = torch.randn(800, 3, generator=generator()), torch.randn(800, generator=generator(1))
     x[:, 1] = y**2
     one = FeatureInformation("bin", bins=8, unit="nats")
     one.update(x, y)
@@ -314,7 +311,7 @@ def test_bins_are_equally_frequent_and_give_the_information_of_the_table():
 
 
 def test_knn_is_that_of_scikit_learn():
-    x, y = torch.randn(100, 4, generator=gen()), torch.randn(100, generator=gen(1))
+    x, y = torch.randn(100, 4, generator=generator()), torch.randn(100, generator=generator(1))
     x[:, 2] += 2 * y
     got = screen(x, y, "knn", permutations=0, unit="nats", seed=3)
     direct = mutual_info_regression(x.double().numpy(), y.numpy(), n_neighbors=3, random_state=3)
@@ -325,7 +322,7 @@ def test_knn_is_that_of_scikit_learn():
 
 @pytest.mark.parametrize(("method", "classes"), [("kde", None), ("kde", 3), ("bin", None), ("bin", 3)])
 def test_histograms_merge_given_limits_and_are_refused_without(method, classes):
-    x, y = torch.randn(90, 4, generator=gen()), torch.randn(90, generator=gen(1))
+    x, y = torch.randn(90, 4, generator=generator()), torch.randn(90, generator=generator(1))
     y = y if classes is None else torch.arange(90) % 3
     make = lambda limits=None: FeatureInformation(method, num_classes=classes, grid=16, bins=4, limits=limits)  # noqa: E731
     limits = make().limits_of(x, y)
@@ -346,8 +343,8 @@ def test_histograms_merge_given_limits_and_are_refused_without(method, classes):
 
 
 def test_screening_finds_planted_squares_that_correlation_misses():
-    x = torch.randn(500, 2000, generator=gen())
-    y = x[:, 11] ** 2 + x[:, 1500] ** 2 + 0.5 * torch.randn(500, generator=gen(1))
+    x = torch.randn(500, 2000, generator=generator())
+    y = x[:, 11] ** 2 + x[:, 1500] ** 2 + 0.5 * torch.randn(500, generator=generator(1))
     for outcome, method in ((y, "kde"), (y, "bin"), ((y > y.median()).long(), "kde"), ((y > y.median()).long(), "bin")):
         found = screen(x, outcome, method, top=2, permutations=19)
         assert set(found.indices.tolist()) == {11, 1500}
@@ -355,14 +352,14 @@ def test_screening_finds_planted_squares_that_correlation_misses():
 
 
 def test_screening_of_nothing_gives_p_that_chance_gives():
-    x, y = torch.randn(200, 40, generator=gen()), torch.randn(200, generator=gen(1))
+    x, y = torch.randn(200, 40, generator=generator()), torch.randn(200, generator=generator(1))
     found = screen(x, y, "bin", top=40, permutations=39)
     # 40 values that are uniform: their mean is 0.5 within four standard errors.
     assert abs(float(found.p.mean()) - 0.5) < 4 * (1 / 12 / 40) ** 0.5
 
 
 def test_screening_of_odd_features():
-    x = torch.randn(300, 3, generator=gen())
+    x = torch.randn(300, 3, generator=generator())
     y = x[:, 0].clone()
     x[:, 1] = 5.0
     x[:, 2] = 0.01 * x[:, 2]
@@ -399,8 +396,8 @@ def test_mass_at_the_border_of_the_grid_is_not_lost():
 
 def test_v_information_of_a_gaussian_channel():
     n = 4000
-    y = torch.randint(0, 2, (n,), generator=gen())
-    x = 2 * y[:, None] + torch.randn(n, 1, generator=gen(1))
+    y = torch.randint(0, 2, (n,), generator=generator())
+    x = 2 * y[:, None] + torch.randn(n, 1, generator=generator(1))
     found = v_information(x, y)
     # Exact: 1 - E[log2(1 + exp(-2 z))], z ~ N(1, 1) the signed distance from the boundary times the slope 2.
     z = np.random.default_rng(0).normal(1, 1, 1_000_000)
@@ -412,7 +409,7 @@ def test_v_information_of_a_gaussian_channel():
 
 
 def test_what_is_usable_depends_on_the_probe():
-    x = torch.randn(1500, 2, generator=gen())
+    x = torch.randn(1500, 2, generator=generator())
     y = (x[:, 0] * x[:, 1] > 0).long()
     assert v_information(x, y, "logistic").information < 0.02
     assert v_information(x, y, "knn").information > 0.5
@@ -422,7 +419,7 @@ def test_what_is_usable_depends_on_the_probe():
 
 
 def test_v_information_refuses():
-    x, y = torch.randn(100, 2, generator=gen()), torch.arange(100) % 2
+    x, y = torch.randn(100, 2, generator=generator()), torch.arange(100) % 2
     for bad, message in (
         (lambda: v_information(x, y.float()), "integer labels"),
         (lambda: v_information(x, torch.zeros(100).long()), "nothing to know"),
@@ -437,7 +434,7 @@ def test_v_information_refuses():
 @pytest.mark.parametrize("probe", ["knn", "tree"])
 def test_a_probe_that_is_sure_knows_no_more_than_there_is(probe):
     y = torch.arange(80) % 2
-    found = v_information(torch.randn(80, 2, generator=gen()) + 20 * y[:, None], y, probe)
+    found = v_information(torch.randn(80, 2, generator=generator()) + 20 * y[:, None], y, probe)
     # What it says has to sum to one: 0.999 + 0.001 / 2 at most, a surprise of 0.0007 bits.
     assert found.conditional == pytest.approx(-math.log2(0.9995), rel=0.2)
     assert found.information < found.entropy

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured import generator
 from torch import Tensor
 
 import actome as ac
@@ -25,10 +26,6 @@ from actome.tasks import Subject, SubjectConfig
 
 some = settings(max_examples=15, deadline=None)
 LAYERS, EXPERTS = 3, 6
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def weights(seed: int, batch: int, length: int, layers: int = LAYERS, experts: int = EXPERTS, k: int = 2) -> Tensor:

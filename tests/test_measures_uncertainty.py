@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measured import generator
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
@@ -31,10 +32,6 @@ from actome.measures.spans import spans
 from actome.tasks.trials import spearman
 
 some = settings(max_examples=15, deadline=None)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def logits_and_ids(seed: int, batch: int, length: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import TextError, nearest
+from .errors import TextError, nearest, nearest_beside
 
 PIECE = 1 << 18  # characters; tokenising takes some 500 bytes for each
 _WINDOW = 1 << 14  # how far back from the end of a piece a place to cut it is looked for
@@ -227,10 +227,7 @@ def _missing(path: Path, source: str) -> str:
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         path, parent = parent, parent.parent
-    try:
-        near = nearest(path.name, sorted(os.listdir(parent)))
-    except OSError:
-        near = ""
+    near = nearest_beside(path)
     return f"there is no file or folder {source!r}{near} (in {parent}); to give the text itself, pass [text]"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ActomeError(Exception):
@@ -46,3 +48,11 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
     return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def nearest_beside(path: Path) -> str:
+    """The same clause for a path that is not there: what lies in its folder under the names most like its own."""
+    try:
+        return nearest(path.name, sorted(os.listdir(path.parent)))
+    except OSError:
+        return ""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import RecordingError, nearest
+from .errors import RecordingError, nearest_beside
 from .layout import layout_of, stored_dims
 
 FORMAT, VERSION = "actome-recording", 1
@@ -111,8 +111,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     """What `recording.json` says; `RecordingError` when there is no recording, or one that this cannot read."""
     path = folder / HEADER
     if not folder.is_dir():
-        near = nearest(folder.name, sorted(os.listdir(folder.parent))) if folder.parent.is_dir() else ""
-        raise RecordingError(f"there is no recording {folder}{near}")
+        raise RecordingError(f"there is no recording {folder}{nearest_beside(folder)}")
     if not path.exists():
         raise RecordingError(f"{folder} is not a recording: it has no {HEADER}")
     try:

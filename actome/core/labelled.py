@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import MeasureError
 from .fold import Fold
 from .measure import Measure
-from .stream import canonical
+from .stream import canonical, stop_after
 from .taps import StopForward
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def fold(
     wanted = [(site, one.clone()) for pattern, one in folds.items() for site in model.match(pattern)]
     seen: dict[str, Tensor] = {}
     taps = [(site.address, _keep(seen, site, pool), "read") for site, _ in wanted]
+    taps += stop_after(model, {site.name for site, _ in wanted})
     taken = 0
     for batch in batches:
         # A tensor would be taken apart by its rows.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .sites import Site
 
 __all__ = [
+    "TOGETHER",
     "Layout",
     "Measure",
     "MeasureResult",
@@ -44,6 +45,8 @@ __all__ = [
 ]
 
 Layout = Literal["tokens", "pattern", "logits", "depth", "sites"]
+# Those that need all sites of a forward before they can be folded.
+TOGETHER: tuple[Layout, ...] = ("depth", "sites")
 
 _DIMS: dict[str, tuple[str, ...]] = {
     "tokens": ("batch", "pos", "unit"),
@@ -187,7 +190,7 @@ class Measure(Fold):
         For the layouts ``"depth"`` and ``"sites"``, `x` holds the states of the sites themselves, (batch, pos, unit)
         each. A batch without rows or positions changes nothing.
         """
-        if self.layout in ("depth", "sites"):
+        if self.layout in TOGETHER:
             dims = _DIMS["tokens"]
             for one in x:
                 self._check(one, mask, dims)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import MeasureError, SiteError, TextError
 from .fold import Fold
-from .measure import Measure
+from .measure import TOGETHER, Measure
 from .real import forget, shared_tokens
 from .sites import MODULE_PREFIX, STACKS, Site
 from .table import MeasureResult, MeasureTable
@@ -20,7 +20,6 @@ from .taps import Kind, Point, StopForward, Tap
 if TYPE_CHECKING:
     from .model import Model
 
-TOGETHER = ("depth", "sites")  # layouts that need all sites of a forward before they can be folded
 _PREFIXES = tuple(f"{stack}." for stack in STACKS)
 
 
@@ -138,9 +137,7 @@ def measure(
     taps = [tap for stream in streams for tap in stream.taps()]
     # After the measures of a place: what they shared must not outlive the tensor.
     taps += [(point, _forget, "read") for point in dict.fromkeys(point for point, _, _ in taps)]
-    last = _last(model, streams)
-    if last is not None:
-        taps.append((model.table[last].address, _stop, "read"))
+    taps += stop_after(model, {site.name for stream in streams for site in stream.sites})
     done, forwards = 0, 0
     for arguments, ids, mask in batches(model, inputs, batch_size):
         forwards += 1
@@ -296,14 +293,13 @@ def _misfit(measure: Measure, site: Site) -> str | None:
     return None
 
 
-def _last(model: Model, streams: Sequence[_Stream]) -> str | None:
-    """The site after which a forward may end: the last that is measured or under an active clamp."""
+def stop_after(model: Model, names: set[str]) -> list[tuple[Point, Tap, Kind]]:
+    """What ends a forward after the last of these sites, or the last under an active clamp; nothing where unknown."""
     order = model.order
-    names = {site.name for stream in streams for site in stream.sites}
-    clamped = {one.site.name for context in model.clamped for one in context.active}
-    if not all(name in order for name in names | clamped):
-        return None
-    return max(names | clamped, key=order.__getitem__)
+    names = names | {one.site.name for context in model.clamped for one in context.active}
+    if not all(name in order for name in names):
+        return []
+    return [(model.table[max(names, key=order.__getitem__)].address, _stop, "read")]
 
 
 def canonical(x: Tensor, site: Site, layout: str) -> Tensor:

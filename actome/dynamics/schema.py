@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from actome.core.errors import RunError, nearest
+from actome.core.errors import RunError, nearest_beside
 
 DATABASE, TENSORS, LOCK = "run.sqlite", "tensors", "run.lock"
 VERSION = 1
@@ -97,8 +97,7 @@ def check(path: Path) -> None:
     """Raises unless the folder holds a run that this version reads."""
     database = path / DATABASE
     if not path.is_dir():
-        near = nearest(path.name, sorted(os.listdir(path.parent))) if path.parent.is_dir() else ""
-        raise RunError(f"there is no run {path}{near}")
+        raise RunError(f"there is no run {path}{nearest_beside(path)}")
     if not database.exists():
         raise RunError(f"{path} is not a run: it has no {DATABASE}")
     if not begun(path):

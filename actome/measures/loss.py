@@ -9,16 +9,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.errors import MeasureError
-from ..core.measure import Measure, Reduction, double, ratio, wide
-from ..core.sites import Site
+from ..core.measure import Reduction, double, ratio, wide
+from .next_token import OfNextToken, following, predicting
 
 # Logits that stay in a core's cache while their maximum and their exponentials are taken; a GPU takes more at once.
 _CHUNK = 1 << 19
 _CHUNK_ACCELERATOR = 1 << 28
 
 
-class NextTokenLoss(Measure):
+class NextTokenLoss(OfNextToken):
     r"""Cross entropy of the next token, and the scale of the logits, in one pass over them.
 
     For logits :math:`z_t` at position t of a row and :math:`\log Z_t = \log \sum_v \exp z_{tv}`:
@@ -44,7 +43,6 @@ class NextTokenLoss(Measure):
         8.0
     """
 
-    layout = "logits"
     reductions: ClassVar[dict[str, Reduction]] = {
         "tokens": "sum",
         "lost": "sum",
@@ -61,26 +59,13 @@ class NextTokenLoss(Measure):
         "non_finite_tokens": (),
     }
 
-    def fits(self, site: Site) -> str | None:
-        """A model that sees the token to be predicted does not predict it."""
-        return None if site.causal else "its positions see the tokens that come after them"
-
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """tokens, lost (not finite), predictions: counts; nll and log_z: sums over them; peak: largest; all ()."""
-        if tokens is None or tokens.shape != x.shape[:2]:
-            given = "none" if tokens is None else tuple(tokens.shape)
-            raise MeasureError(
-                f"NextTokenLoss needs the token ids (batch, pos) of its logits {tuple(x.shape)}, not {given}"
-            )
-        tokens = tokens.to(x.device)
-        real_BT = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        # Clamped, since a padded position may hold any id; nothing is predicted from the last position.
-        next_BT = tokens.roll(-1, 1).clamp(0, x.shape[-1] - 1)
+        tokens, real_BT = self._read(x, mask, tokens)
+        next_BT = following(tokens, x.shape[-1])
         log_z_BT, peak_BT, target_BT = _scan(x, next_BT)
         good_BT = real_BT & log_z_BT.isfinite()
-        predicts_BT = good_BT.clone()
-        predicts_BT[:, :-1] &= real_BT[:, 1:]
-        predicts_BT[:, -1] = False
+        predicts_BT = predicting(good_BT, real_BT)
         return {
             "tokens": real_BT.sum(),
             "lost": (real_BT & ~good_BT).sum(),

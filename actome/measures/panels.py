@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from ..core.measure import Measure
-from ..core.stream import TOGETHER
+from ..core.measure import TOGETHER, Measure
 from .attention import AttentionEntropy, SinkScore
 from .cka import CKA
 from .contribution import Contribution

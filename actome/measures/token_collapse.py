@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core.errors import MeasureError
 from ..core.measure import Measure, Reduction, double, ratio, real_tokens, shared, token_norms, wide
-
-if TYPE_CHECKING:
-    from ..core.sites import Site
+from .next_token import OfNextToken
 
 
 class TokenCollapse(Measure):
@@ -68,7 +66,7 @@ class TokenCollapse(Measure):
         return {"token_cosine": ratio(stats["cosine"], stats["sequences"])}
 
 
-class RepetitionFrequency(Measure):
+class RepetitionFrequency(OfNextToken):
     r"""How often two outputs in a row are the same, beside how often the text itself repeats.
 
     - ``repetition``: share of neighbouring positions with :math:`\hat y_t = \hat y_{t+1}`, :math:`\hat y_t` the token
@@ -94,7 +92,6 @@ class RepetitionFrequency(Measure):
         {'repetition': 0.333, 'repetition_of_data': 0.5}
     """
 
-    layout = "logits"
     reductions: ClassVar[dict[str, Reduction]] = {
         "pairs": "sum",
         "repeats": "sum",
@@ -109,19 +106,9 @@ class RepetitionFrequency(Measure):
             raise MeasureError(f"start={start}: the first position that counts, 0 or more")
         self.start = start
 
-    def fits(self, site: Site) -> str | None:
-        """A model that sees the token to be predicted does not predict it."""
-        return None if site.causal else "its positions see the tokens that come after them"
-
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Counts of neighbours and of those that are the same, of predictions and of data; all ()."""
-        if tokens is None or tokens.shape != x.shape[:2]:
-            given = "none" if tokens is None else tuple(tokens.shape)
-            raise MeasureError(
-                f"RepetitionFrequency needs the token ids (batch, pos) of its logits {tuple(x.shape)}, not {given}"
-            )
-        tokens = tokens.to(x.device)
-        real_BT = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        tokens, real_BT = self._read(x, mask, tokens)
         outputs_BT = real_BT & (real_BT.long().cumsum(-1) - 1 >= self.start)
         # The maximum of a row is NaN when one of its entries is; some words may be ruled out by -inf.
         largest_BT, choice_BT = shared("choice", x, None, lambda: tuple(x.max(-1)))

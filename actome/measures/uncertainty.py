@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.errors import MeasureError
 from ..core.measure import Reduction, double, ratio, shared, wide
 from .loss import NextTokenLoss
+from .next_token import following, predicting
 
 # Logits that stay in a core's cache between the steps of the sweep; a GPU takes more at once.
 _CHUNK = 1 << 19
@@ -105,22 +106,13 @@ class TokenUncertainty(NextTokenLoss):
 
     def site_statistics(self, x: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> dict[str, Tensor]:
         """Those of `NextTokenLoss`, and sums over predictions; of bins (15), all others ()."""
-        if tokens is None or tokens.shape != x.shape[:2]:
-            given = "none" if tokens is None else tuple(tokens.shape)
-            raise MeasureError(
-                f"TokenUncertainty needs the token ids (batch, pos) of its logits {tuple(x.shape)}, not {given}"
-            )
-        tokens = tokens.to(x.device)
-        real_BT = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        # Clamped, since a padded position may hold any id; nothing is predicted from the last position.
-        next_BT = tokens.roll(-1, 1).clamp(0, x.shape[-1] - 1)
+        tokens, real_BT = self._read(x, mask, tokens)
+        next_BT = following(tokens, x.shape[-1])
         u, choice_BT = _uncertainty(x)
         shared("choice", x, None, lambda: (u.largest, choice_BT))  # for whoever asks what would be said
         target_BT = x.gather(-1, next_BT[..., None])[..., 0].to(u.log_z.dtype)
         good_BT = real_BT & u.log_z.isfinite()
-        predicts_BT = good_BT.clone()
-        predicts_BT[:, :-1] &= real_BT[:, 1:]
-        predicts_BT[:, -1] = False
+        predicts_BT = predicting(good_BT, real_BT)
 
         def total(of: Tensor) -> Tensor:
             return double(of.where(predicts_BT, 0.0)).sum()

@@ -6,6 +6,9 @@ search in one table, however many rows the table has. `Rows` does that; the rest
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,22 @@ def seeded(seed: int) -> torch.Generator:
     True
     """
     return torch.Generator().manual_seed(seed)
+
+
+@contextlib.contextmanager
+def weights_from(seed: int) -> Iterator[None]:
+    """Within it, modules draw their initial weights from this seed; the caller's random state stays as it is.
+
+    >>> with weights_from(1):
+    ...     one = torch.nn.Linear(2, 2)
+    >>> with weights_from(1):
+    ...     other = torch.nn.Linear(2, 2)
+    >>> one.weight.equal(other.weight)
+    True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def dirichlet(shape: tuple[int, ...], concentration: float, generator: torch.Generator) -> Tensor:

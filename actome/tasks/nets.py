@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .draw import weights_from
 from .training import train
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -32,7 +33,7 @@ class MLP(nn.Module):
         super().__init__()
         if len(widths) < 2 or act not in ACTIVATIONS:
             raise ValueError(f"an MLP takes two widths or more and an activation out of {', '.join(ACTIVATIONS)}")
-        with _seeded(seed):
+        with weights_from(seed):
             self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.act = nn.ModuleList(ACTIVATIONS[act]() for _ in widths[2:])
 
@@ -52,7 +53,7 @@ class ResidualMLP(nn.Module):
     def __init__(self, inputs: int, width: int, blocks: int, outputs: int, hidden: int | None = None, seed: int = 0):
         super().__init__()
         hidden = hidden or 2 * width
-        with _seeded(seed):
+        with weights_from(seed):
             self.embed = nn.Linear(inputs, width)
             self.blocks = nn.ModuleList(
                 nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
@@ -81,7 +82,7 @@ class CNN(nn.Module):
 
     def __init__(self, channels: Sequence[int], outputs: int, pool: Sequence[int] = (), seed: int = 0):
         super().__init__()
-        with _seeded(seed):
+        with weights_from(seed):
             self.conv = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(channels))
             self.readout = nn.Linear(channels[-1], outputs)
         self.act = nn.ModuleList(nn.ReLU() for _ in self.conv)
@@ -194,18 +195,3 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     correct = (net.eval()(x).argmax(-1) == y).double().mean()
     net.train(training)
     return float(correct)
-
-
-class _seeded:
-    """Initialisation from a seed of its own, the global generator left as it was."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.fork = torch.random.fork_rng(devices=[])
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        self.fork.__exit__(*error)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..draw import weights_from
 from .attention import Attention
 from .config import SubjectConfig
 from .mlp import MLP, Experts, Router, SparseMLP
@@ -87,8 +88,7 @@ class Subject(PreTrainedModel, GenerationMixin):
             config: copied, so that subjects never share one.
             seed: of the initial weights. The random state of the caller stays as it is.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with weights_from(seed):
             return cls(copy.deepcopy(config)).eval()
 
     @torch.no_grad()
