@@ -162,7 +162,7 @@ def _written(value: Any, key: str, tensors: dict[str, Tensor], what: str) -> Any
         return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, (list, tuple)):
         return {"list": [_written(one, f"{key}.{i}", tensors, what) for i, one in enumerate(value)]}
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
             raise ClampError(f"{what}: only mappings with text as keys can be saved")
         return {"mapping": {name: _written(one, f"{key}.{name}", tensors, what) for name, one in value.items()}}
