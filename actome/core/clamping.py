@@ -219,8 +219,8 @@ class ClampContext:
         active: one `ActiveClamp` a clamp and site, with `.fired` and `.reached` counts.
     """
 
-    def __init__(self, model: Model, clamps: Sequence[Clamp]):
-        self.model = model
+    def __init__(self, model: Model, clamps: Sequence[Clamp], strict: bool = True):
+        self.model, self.strict = model, strict
         self.active: list[ActiveClamp] = []
         self._taps: Any = None
         if not clamps:
@@ -254,7 +254,7 @@ class ClampContext:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self.model.clamped.remove(self)
         self._taps.__exit__(kind, error, trace)
-        if kind is not None:
+        if kind is not None or not self.strict:
             return
         idle = [one for one in self.active if not one.fired]
         if idle:
