@@ -92,7 +92,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     model = llama()
     when = ac.When("blocks.0.resid.post", lambda x: x[..., 0] > 0)
     for clamp, words in [
-        (ac.Add("blocks.1.resid.post", vector(), when=when), "Add.when is a When"),
+        (ac.Add("blocks.1.resid.post", vector(), when=when), "When.test is a function"),
         (ac.Patch("blocks.1.resid.post", model.record(ids(), "blocks.1.resid.post")), "Recording, which cannot"),
     ]:
         with pytest.raises(ClampError, match=words):

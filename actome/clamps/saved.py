@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.clamp import Clamp
+from ..core.clamp import Clamp, When
 from ..core.errors import ClampError, nearest_beside
 
 if TYPE_CHECKING:
@@ -141,13 +141,17 @@ def _row(clamp: Clamp, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
             f"{type(clamp).__name__} is a clamp of your own; who loads it would have to run your code. Save its "
             "tensors and build it again"
         )
+    return _fields(clamp, key, tensors)
+
+
+def _fields(one: Any, key: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     values = {}
-    for field in fields(clamp):
-        value = getattr(clamp, field.name)
+    for field in fields(one):
+        value = getattr(one, field.name)
         if field.default is not MISSING and value is field.default:
             continue
-        values[field.name] = _written(value, f"{key}.{field.name}", tensors, f"{type(clamp).__name__}.{field.name}")
-    return {"kind": f"{type(clamp).__module__}.{type(clamp).__qualname__}", "values": values}
+        values[field.name] = _written(value, f"{key}.{field.name}", tensors, f"{type(one).__name__}.{field.name}")
+    return {"kind": f"{type(one).__module__}.{type(one).__qualname__}", "values": values}
 
 
 def _written(value: Any, key: str, tensors: dict[str, Tensor], what: str) -> Any:
@@ -162,6 +166,8 @@ def _written(value: Any, key: str, tensors: dict[str, Tensor], what: str) -> Any
         return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, (list, tuple)):
         return {"list": [_written(one, f"{key}.{i}", tensors, what) for i, one in enumerate(value)]}
+    if is_dataclass(value) and type(value).__module__.startswith("actome."):
+        return {"object": _fields(value, key, tensors)}
     if isinstance(value, dict):
         if not all(isinstance(name, str) for name in value):
             raise ClampError(f"{what}: only mappings with text as keys can be saved")
@@ -185,6 +191,8 @@ def _read(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_read(one, tensors) for one in inner]
     if kind == "mapping":
         return {name: _read(one, tensors) for name, one in inner.items()}
+    if kind == "object":
+        return _made(inner, tensors)
     raise KeyError(kind)
 
 
@@ -200,24 +208,33 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _clamp(folder: Path, row: Any, tensors: Mapping[str, Tensor]) -> Clamp:
+    try:
+        clamp = _made(row, tensors)
+        if not isinstance(clamp, Clamp):
+            raise ClampError(f"{row.get('kind')!r} is not a clamp")
+    except ClampError as error:
+        raise ClampError(f"{folder}: {error}") from None
+    for field in fields(clamp):
+        value = getattr(clamp, field.name)
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ClampError(f"{folder} is damaged: {field.name} holds values that are not finite")
+    return clamp
+
+
+def _made(row: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """A clamp or a condition from what was written of it."""
     kind = row.get("kind", "") if isinstance(row, dict) else ""
     module, _, name = str(kind).rpartition(".")
     # Only classes of this package are looked up: a file that was found somewhere must not choose what is imported.
     if not module.startswith(("actome.clamps", "actome.core.", "actome.steer")):
-        raise ClampError(f"{folder}: {kind!r} is not a clamp of actome")
+        raise ClampError(f"{kind!r} is not a clamp of actome")
     try:
         made = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        raise ClampError(f"{folder}: this actome has no clamp {kind!r}; it may be from a later version") from None
-    if not (isinstance(made, type) and issubclass(made, Clamp)):
-        raise ClampError(f"{folder}: {kind!r} is not a clamp")
+        raise ClampError(f"this actome has no clamp {kind!r}; it may be from a later version") from None
+    if not (isinstance(made, type) and issubclass(made, (Clamp, When))):
+        raise ClampError(f"{kind!r} is not a clamp")
     try:
-        values = {field: _read(value, tensors) for field, value in row["values"].items()}
-        clamp = made(**values)
+        return made(**{field: _read(value, tensors) for field, value in row["values"].items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ClampError(f"{folder} is damaged: {kind} cannot be made from what it says ({error})") from None
-    for field in fields(clamp):
-        value = getattr(clamp, field.name)
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ClampError(f"{folder} is damaged: {name}.{field.name} holds values that are not finite")
-    return clamp
+        raise ClampError(f"the file is damaged: {kind} cannot be made from what it says ({error})") from None

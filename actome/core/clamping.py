@@ -123,6 +123,7 @@ class ActiveClamp:
             raise ClampError(f"{site.name} has no positions (its dims are {', '.join(dims)}); leave out positions=")
         self.gated = any(g is not None for g in (clamp.positions, clamp.rows, clamp.when))
         self.needs_run = any(g is not None for g in (clamp.positions, clamp.phase, clamp.steps))
+        self.needs_run |= clamp.when is not None and any(part.needs_run for part in (clamp.when, *clamp.when.parts))
 
     def __call__(self, x: Tensor) -> Tensor | None:
         clamp, place, run = self.clamp, self.place, self.run
@@ -235,7 +236,7 @@ class ClampContext:
                     raise ClampError(f"{site.name} can be read but not changed{_instead(site)}")
                 one = ActiveClamp(clamp, site, model.run)
                 if clamp.when is not None:
-                    taps.append(model.condition_tap(clamp.when, one))
+                    taps += model.condition_taps(clamp.when, one)
                 self.active.append(one)
                 taps.append((site.address, one, "write"))
                 needs_run = needs_run or one.needs_run

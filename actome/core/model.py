@@ -337,22 +337,38 @@ class Model:
             self._tracker.remove()
             self._tracker = None
 
-    def condition_tap(self, when: When, clamp: ActiveClamp) -> tuple[Point, Tap, Kind]:
-        """The tap that evaluates a clamp's condition; the condition's site must come before the clamp's."""
-        (site,) = self.match(when.site)
+    def condition_taps(self, when: When, clamp: ActiveClamp) -> list[tuple[Point, Tap, Kind]]:
+        """The taps that evaluate a clamp's condition; the sites of the condition must come before the clamp's."""
         order = self.order
-        if clamp.site.name in order and site.name in order and order[site.name] >= order[clamp.site.name]:
-            raise SiteError(
-                f"the condition's site {site.name} is reached after {clamp.site.name}; condition on an earlier one"
-            )
+        parts = when.parts
+        flags: list[Tensor | None] = [None] * len(parts)
 
-        def evaluate(x: Tensor) -> None:
-            flag = torch.as_tensor(when.test(x))
-            if flag.dtype != torch.bool:
-                raise SiteError(f"the condition at {site.name} gave {flag.dtype}; it must give bools")
-            clamp.condition = flag
+        def tap(i: int) -> tuple[Point, Tap, Kind]:
+            (site,) = self.match(parts[i].site)
+            if clamp.site.name in order and site.name in order and order[site.name] >= order[clamp.site.name]:
+                raise SiteError(
+                    f"the condition's site {site.name} is reached after {clamp.site.name}; condition on an earlier one"
+                )
 
-        return site.address, evaluate, "read"
+            def evaluate(x: Tensor) -> None:
+                known = clamp.condition
+                if when.latch and self.run.step and known is not None and known.ndim and len(known) == len(x):
+                    return
+                mask = self.run.mask
+                here = None if mask is None or x.ndim < 2 or mask.shape[0] != len(x) else mask[:, -x.shape[1] :]
+                flag = parts[i].holds(x, here)
+                if flag.dtype != torch.bool:
+                    raise SiteError(f"the condition at {site.name} gave {flag.dtype}; it must give bools")
+                flags[i] = flag
+                if all(one is not None for one in flags):
+                    found = when.combine(tuple(flags))  # type: ignore[arg-type]
+                    # What a prompt was like, position by position, has no meaning for the tokens that come after it.
+                    clamp.condition = found.any(1) if when.latch and found.ndim > 1 else found
+                    flags[:] = [None] * len(flags)
+
+            return site.address, evaluate, "read"
+
+        return [tap(i) for i in range(len(parts))]
 
     # -- the verbs ----------------------------------------------------------------------------------------------
 
