@@ -53,7 +53,7 @@ def states(model: Model, examples: Any, sites: str, *, over: Over = "last", batc
         if site.dims[:2] != ("batch", "pos") or len(site.dims) != 3:
             raise MeasureError(f"{site.name} has the dims {', '.join(site.dims)}, and not one vector a token")
     found: dict[str, list[Tensor]] = {site.name: [] for site in places}
-    for batch, chosen_BT in _batches(model, examples, over, batch_size):
+    for batch, chosen_BT in chosen_tokens(model, examples, over, batch_size):
         for name, part in _pooled(model, batch, chosen_BT, places).items():
             found[name].append(part)
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -78,7 +78,7 @@ def subset(examples: Any, index: Sequence[int]) -> Any:
     return [examples[i] for i in index]
 
 
-def _batches(model: Model, examples: Any, over: Over, batch_size: int) -> Any:
+def chosen_tokens(model: Model, examples: Any, over: Over, batch_size: int) -> Any:
     """Rows of ids, and which tokens of each are looked at, (batch, pos)."""
     if is_pairs(examples):
         for one in spans(examples[0], examples[1], model.tokenizer, batch_size):
