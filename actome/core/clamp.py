@@ -87,6 +87,11 @@ class Clamp:
     steps: Index | None = None
     when: When | None = None
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Earlier sites whose tensors of the same forward it needs, whole and unmasked; `Place.seen` has them."""
+        return ()
+
     def transform(self, x: Tensor, place: Place) -> Tensor:
         """The new value of `x`, which is the site's tensor cut to the clamp's heads and units."""
         raise NotImplementedError

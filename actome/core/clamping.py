@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 
 
 class Place:
-    """Where a clamp finds itself: the site, the forward's state, and its own choice of heads, units and positions."""
+    """Where a clamp finds itself: the site, the forward's state, and its own choice of heads, units and positions.
 
-    __slots__ = ("_cache", "choices", "dims", "length", "run", "site", "where")
+    Attributes:
+        seen: the tensors of this forward at the sites that the clamp `reads`, by name.
+    """
+
+    __slots__ = ("_cache", "choices", "dims", "length", "run", "seen", "site", "where")
 
     def __init__(self, site: Site, run: Run, choices: list[tuple[int, list[int]]]):
         self.site, self.run, self.choices = site, run, choices
         self.dims = site.dims
         self.where: Tensor | None = None
         self.length = 0
+        self.seen: dict[str, Tensor] = {}
         self._cache: tuple[Tensor, Any, Tensor] | None = None
 
     def select(self, full: Tensor) -> Tensor:
@@ -123,6 +128,7 @@ class ActiveClamp:
             raise ClampError(f"{site.name} has no positions (its dims are {', '.join(dims)}); leave out positions=")
         self.gated = any(g is not None for g in (clamp.positions, clamp.rows, clamp.when))
         self.needs_run = any(g is not None for g in (clamp.positions, clamp.phase, clamp.steps))
+        self.needs_run |= bool(clamp.reads)
         self.needs_run |= clamp.when is not None and any(part.needs_run for part in (clamp.when, *clamp.when.parts))
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -237,6 +243,9 @@ class ClampContext:
                 one = ActiveClamp(clamp, site, model.run)
                 if clamp.when is not None:
                     taps += model.condition_taps(clamp.when, one)
+                taps += [
+                    (model.before(name, site).address, _keep(one.place.seen, name), "read") for name in clamp.reads
+                ]
                 self.active.append(one)
                 taps.append((site.address, one, "write"))
                 needs_run = needs_run or one.needs_run
@@ -267,6 +276,13 @@ class ClampContext:
                 else "no forward reached the site inside the with block"
             )
             raise ClampError(f"never fired: {names}{more}; {why}")
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Any:
+    def keep(x: Tensor) -> None:
+        seen[name] = x
+
+    return keep
 
 
 def _in(steps: Any, step: int) -> bool:

@@ -337,18 +337,23 @@ class Model:
             self._tracker.remove()
             self._tracker = None
 
+    def before(self, name: str, site: Site) -> Site:
+        """The one site of this name, proved to be reached before another one that depends on it."""
+        (found,) = self.match(name)
+        order = self.order
+        if site.name in order and found.name in order and order[found.name] >= order[site.name]:
+            raise SiteError(
+                f"{found.name} is reached after {site.name}, which depends on it; condition on an earlier one"
+            )
+        return found
+
     def condition_taps(self, when: When, clamp: ActiveClamp) -> list[tuple[Point, Tap, Kind]]:
         """The taps that evaluate a clamp's condition; the sites of the condition must come before the clamp's."""
-        order = self.order
         parts = when.parts
         flags: list[Tensor | None] = [None] * len(parts)
 
         def tap(i: int) -> tuple[Point, Tap, Kind]:
-            (site,) = self.match(parts[i].site)
-            if clamp.site.name in order and site.name in order and order[site.name] >= order[clamp.site.name]:
-                raise SiteError(
-                    f"the condition's site {site.name} is reached after {clamp.site.name}; condition on an earlier one"
-                )
+            site = self.before(parts[i].site, clamp.site)
 
             def evaluate(x: Tensor) -> None:
                 known = clamp.condition

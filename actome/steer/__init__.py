@@ -3,6 +3,7 @@
 - `Contrast`, `Examples`, `Steering` (`contrast`): a direction between two sets of examples, as a clamp
 - `ActivationTransport`, `Transport` (`transport`): from one distribution of activations to another
 - `ExpertTuner`, `TunedExperts` (`experts`): experts that come with a behaviour, taken out or forced in
+- `WeightedController`, `Controlled` (`controller`): a small network sets the strength, by layer
 - `Condition`, `Similar`, `Rule`, `when` (`conditions`): steer only when the prompt says so
 - `bake`, `to_gguf`, `from_gguf` (`baking`, `gguf`): constant clamps shipped without actome; `serving` has a server
 - `evaluate`, `Evaluation`, `Pairs` (`evaluate`, `preference`): dose and response, with controls and a recommendation
@@ -13,6 +14,7 @@
 from .baking import Baked, bake
 from .conditions import Condition, Rule, Similar, when
 from .contrast import Contrast, Examples, Steering
+from .controller import Controlled, WeightedController
 from .directions import direction, gap
 from .evaluate import Evaluation, evaluate
 from .experts import ExpertTuner, TunedExperts
@@ -27,6 +29,7 @@ __all__ = [
     "Baked",
     "Condition",
     "Contrast",
+    "Controlled",
     "Evaluation",
     "Examples",
     "ExpertTuner",
@@ -38,6 +41,7 @@ __all__ = [
     "Steering",
     "Transport",
     "TunedExperts",
+    "WeightedController",
     "bake",
     "direction",
     "evaluate",

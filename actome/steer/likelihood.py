@@ -28,8 +28,10 @@ class Likelihoods(NamedTuple):
         return self.nll / self.tokens
 
 
-def response_nll(model: Model, prompts: Texts, responses: Texts, *, batch_size: int = 16) -> Likelihoods:
-    """Negative log-likelihood of each response after its prompt.
+def response_nll(
+    model: Model, prompts: Texts, responses: Texts, *, batch_size: int = 16, grad: bool = False
+) -> Likelihoods:
+    """Negative log-likelihood of each response after its prompt; with `grad` also for a backward pass.
 
     Raises:
         MeasureError: not as many responses as prompts, or an empty one.
@@ -41,7 +43,7 @@ def response_nll(model: Model, prompts: Texts, responses: Texts, *, batch_size: 
     """
     sums, counts = [], []
     for one in spans(prompts, responses, model.tokenizer, batch_size):
-        logits_NV = model.logits(one.batch)[one.before.to(model.device)].float()
+        logits_NV = model.logits(one.batch, grad=grad)[one.before.to(model.device)].float()
         targets_N = one.targets.to(logits_NV.device)
         nll_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").double().cpu()
         sums.append(torch.zeros(len(one.prompt), dtype=torch.float64).index_add_(0, one.row, nll_N))
