@@ -1,0 +1,108 @@
+"""Several clamps at once: how alike their directions are, and what each does alone and beside the others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from actome.clamps import Add
+from actome.core.errors import MeasureError
+
+from .evaluate import interval
+from .preference import Pairs, odds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from actome.core.model import Model
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What clamps do to one another.
+
+    Attributes:
+        cosines: (clamp, clamp), between directions at sites of the same width; by name.
+        effects: one row for each goal and set of clamps: goal, clamps (those that were active, joined by `` + ``),
+            effect (change of preference log-odds against no clamp), low, high.
+        interference: one row for each goal and clamp: goal, clamp, alone (effect), marginal (effect of adding it to all
+            the others), lost (alone less marginal), with an interval of what is lost.
+    """
+
+    cosines: pd.DataFrame
+    effects: pd.DataFrame
+    interference: pd.DataFrame
+
+
+def interference(
+    model: Model,
+    clamps: Mapping[str, Add],
+    goals: Mapping[str, Pairs],
+    *,
+    per_token: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Interference:
+    """The effect of each clamp alone, of every two, and of all together, on every goal.
+
+    Args:
+        clamps: by name; two or more.
+        goals: by name, what each should bring about, as pairs of responses; not used for fitting. A goal need not
+            have a clamp of its name, and what a clamp does to others' goals is shown as well.
+
+    Raises:
+        MeasureError: fewer than two clamps, or no goal.
+
+    >>> import actome as ac
+    >>> model = ac.demo()
+    >>> some = {name: ac.Add("blocks.1.resid.post", torch.eye(112)[i] * 3) for i, name in enumerate("ab")}
+    >>> found = interference(model, some, {"a": Pairs(["import", "from"], [" os"] * 2, [" the"] * 2)})
+    >>> found.effects["clamps"].tolist(), float(found.cosines.loc["a", "b"])
+    (['a', 'b', 'a + b'], 0.0)
+    """
+    import pandas as pd
+
+    if len(clamps) < 2 or not goals:
+        raise MeasureError(f"{len(clamps)} clamps and {len(goals)} goals; give two clamps at least, and a goal")
+    names = list(clamps)
+    sets = [tuple(some) for k in (1, 2, len(names)) for some in itertools.combinations(names, k)]
+    sets += [tuple(n for n in names if n != name) for name in names]
+    sets = list(dict.fromkeys(sets))
+    moved: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+    for goal, pairs in goals.items():
+        bare = odds(model, pairs, per_token=per_token, batch_size=batch_size).preference
+        for some in sets:
+            with model.clamp(*(clamps[name] for name in some)):
+                found = odds(model, pairs, per_token=per_token, batch_size=batch_size).preference
+            moved[goal, some] = (found - bare).numpy()
+    shown = [some for some in sets if len(some) in (1, 2, len(names))]
+    effects = [(goal, " + ".join(some), *interval(moved[goal, some], seed)) for goal in goals for some in shown]
+    lost = []
+    for goal in goals:
+        for name in names:
+            others = tuple(n for n in names if n != name)
+            alone, marginal = moved[goal, (name,)], moved[goal, tuple(names)] - moved[goal, others]
+            missing = interval(alone - marginal, seed)
+            lost.append((goal, name, float(alone.mean()), float(marginal.mean()), *missing))
+    return Interference(
+        _cosines(clamps),
+        pd.DataFrame(effects, columns=["goal", "clamps", "effect", "low", "high"]),
+        pd.DataFrame(lost, columns=["goal", "clamp", "alone", "marginal", "lost", "low", "high"]),
+    )
+
+
+def _cosines(clamps: Mapping[str, Add]) -> pd.DataFrame:
+    import pandas as pd
+
+    vectors = {name: torch.as_tensor(one.value).float().flatten() for name, one in clamps.items()}
+
+    def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float(torch.nn.functional.cosine_similarity(a, b, dim=0)) if a.shape == b.shape else float("nan")
+
+    rows = [[cosine(a, b) for b in vectors.values()] for a in vectors.values()]
+    return pd.DataFrame(rows, index=list(vectors), columns=list(vectors))
