@@ -1,0 +1,132 @@
+"""A look: the panel's measures at the probe, and heads at repeated tokens, as readings."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actome.core.errors import MeasureError, SiteError, nearest
+from actome.core.model import Model
+from actome.core.stream import plan
+from actome.core.table import MeasureTable
+from actome.measures.induction import InductionScore
+from actome.measures.panels import PANELS, Panel
+
+from ..alarms.base import Reading
+from .locate import search
+from .probe import repeated_tokens, shares
+from .ranks import Ranks
+from .untouched import untouched
+
+_INDUCTION = {"blocks.*.attn.pattern": InductionScore()}
+# Of values by unit, expert or position, these have rows.
+_ROWS = {(): None, ("head",): "head", ("expert",): "expert"}
+
+
+class Looker:
+    """Takes the measures of a panel at the same probe again and again.
+
+    Args:
+        model: the network.
+        panel: a panel's name, a `Panel`, or what `Model.measure` takes.
+        batches: the probe (`probe_batches`).
+        ranks: each process reads its share, and all get the values of the whole.
+        autocast: the dtype that training's forwards are cast to, if they are.
+
+    Attributes:
+        batches: this process's share of the probe.
+        skipped: what the panel has and this network has no place for.
+
+    Raises:
+        MeasureError: no panel of this name; nothing of it fits the network.
+    """
+
+    def __init__(
+        self, model: Model, panel: Any, batches: list[Any], ranks: Ranks, autocast: torch.dtype | None = None
+    ):
+        if isinstance(panel, str):
+            if panel not in PANELS:
+                raise MeasureError(f"there is no panel {panel!r}{nearest(panel, PANELS)}; there are {', '.join(PANELS)}")
+            panel = PANELS[panel]
+        self.model, self.panel, self.autocast = model, panel, autocast
+        self.batches = shares(batches, ranks.rank, ranks.count)
+        try:
+            with untouched(model.module):
+                _, self.skipped = plan(model, panel)
+        except (MeasureError, SiteError) as error:
+            name = panel.name if isinstance(panel, Panel) else "what was asked for"
+            raise type(error)(f"{model.name} cannot be watched by {name}: {error}") from error
+        self._repeated = self._heads(ranks)
+
+    def _heads(self, ranks: Ranks) -> Tensor | None:
+        if not isinstance(self.panel, Panel) or self.panel.name != "training":
+            return None
+        patterns = [site for site in self.model.table if site.local == "blocks.*.attn.pattern" and site.causal]
+        tokens = repeated_tokens(self.model) if patterns else None
+        return None if tokens is None else tokens[ranks.rank :: ranks.count]
+
+    def look(self) -> list[Reading]:
+        """All values of one look; those of `non_finite` first, in the order of the forward."""
+        with untouched(self.model.module), self._cast():
+            tables = [self.model.measure(self.batches, self.panel)]
+            if self._repeated is not None:
+                # An empty share of it still has to meet the others.
+                given = [self._repeated] if len(self._repeated) else []
+                tables.append(self.model.measure(given, _INDUCTION))
+        found = [reading for table in tables for reading in readings(table)]
+        order = self.model.order
+        # Sorting is stable: all others stay as they came.
+        found.sort(key=lambda one: order.get(one.site or "", -1) if _lost(one) else len(order))
+        return found
+
+    def _cast(self) -> contextlib.AbstractContextManager[Any]:
+        return cast(self.model, self.autocast)
+
+
+def cast(model: Model, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast as in training; nothing for None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
+
+
+def origin(model: Model, batches: Iterable[Any], autocast: torch.dtype | None, weights: Any = None) -> Reading | None:
+    """Where the first activation that is not finite comes from, as a reading of `non_finite`."""
+    with cast(model, autocast):
+        for one in batches:
+            found = search(model, one, weights)
+            if found is not None:
+                return Reading("non_finite", found.share, found.site.name, found.site.layer)
+    return None
+
+
+def _lost(reading: Reading) -> bool:
+    return reading.measure == "non_finite" and reading.value > 0
+
+
+def readings(table: MeasureTable) -> list[Reading]:
+    """A table's values as readings, those of single units left out.
+
+    >>> import actome as ac
+    >>> from actome.measures import SinkScore
+    >>> table = ac.demo().measure("The value of the", {"blocks.*.attn.pattern": SinkScore()})
+    >>> one = readings(table)[0]
+    >>> one.measure, one.site, one.layer, one.head
+    ('sink', 'blocks.0.attn.pattern', 0, 0)
+    """
+    found = []
+    for result in table:
+        for name, dims in result.measure.value_dims.items():
+            if name not in result.values or dims not in _ROWS:
+                continue
+            place = _ROWS[dims]
+            values = result.per_site(name).double()
+            for site, value in zip(result.sites, values, strict=True):
+                if place is None:
+                    found.append(Reading(name, float(value), site.name, site.layer))
+                    continue
+                for i, one in enumerate(value.tolist()):
+                    found.append(Reading(name, one, site.name, site.layer, **{place: i}))
+    return found
