@@ -16,8 +16,8 @@ class Cadence:
     """Which steps to look at, when looking may take a share of the time.
 
     It earns `share` of every step's usual time and spends what looks really took. After each look the next one is put
-    at the step by which enough will have been earned; so every process that is told the figures of one of them comes to the
-    same step without asking again.
+    at the step by which enough will have been earned: a number of steps, which processes that work together can agree
+    upon, where a time could not be.
 
     Where the length of the run is known, half of all that will be earned is lent to looks at the steps 1, 2, 4, 8, ...
     and the other half is earned by the step: a network changes most at the beginning.

@@ -64,6 +64,11 @@ class Logbook:
         if self.run is not None:
             self._try(self.run.event, name, step, **data)
 
+    def commit(self) -> None:
+        """Writes down now what waits."""
+        if self.run is not None:
+            self._try(self.run.commit)
+
     def close(self, kind: type[BaseException] | None = None, error: BaseException | None = None) -> None:
         """Ends the run, as failed when an exception ended it."""
         if self.run is not None:
@@ -75,7 +80,9 @@ class Logbook:
             act(*args, **kwargs)
         except RunError as error:
             if self.error is None:
-                warnings.warn(f"training goes on, and is not written down for now: {error}", RuntimeWarning, stacklevel=4)
+                warnings.warn(
+                    f"training goes on, and is not written down for now: {error}", RuntimeWarning, stacklevel=4
+                )
             self.error = error
             return
         if self.error is not None and self._written():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ from actome.core.model import Model
 from actome.core.stream import plan
 from actome.core.table import MeasureTable
 from actome.measures.induction import InductionScore
+from actome.measures.loss import NextTokenLoss
 from actome.measures.panels import PANELS, Panel
 
 from ..alarms.base import Reading
 from .locate import search
-from .probe import repeated_tokens, shares
+from .logbook import Logbook
+from .probe import repeated_tokens, rows_of, shares
 from .ranks import Ranks
 from .untouched import untouched
 
 _INDUCTION = {"blocks.*.attn.pattern": InductionScore()}
+# So many looks in a row may fail before no more are taken.
+_FAILURES = 3
 # Of values by unit, expert or position, these have rows.
 _ROWS = {(): None, ("head",): "head", ("expert",): "expert"}
 
@@ -36,6 +41,7 @@ class Looker:
         batches: the probe (`probe_batches`).
         ranks: each process reads its share, and all get the values of the whole.
         autocast: the dtype that training's forwards are cast to, if they are.
+        losses: further batches by name, of which the next-token loss is taken.
 
     Attributes:
         batches: this process's share of the probe.
@@ -46,14 +52,24 @@ class Looker:
     """
 
     def __init__(
-        self, model: Model, panel: Any, batches: list[Any], ranks: Ranks, autocast: torch.dtype | None = None
+        self,
+        model: Model,
+        panel: Any,
+        batches: list[Any],
+        ranks: Ranks,
+        autocast: torch.dtype | None = None,
+        losses: Mapping[str, list[Any]] | None = None,
     ):
         if isinstance(panel, str):
             if panel not in PANELS:
-                raise MeasureError(f"there is no panel {panel!r}{nearest(panel, PANELS)}; there are {', '.join(PANELS)}")
+                raise MeasureError(
+                    f"there is no panel {panel!r}{nearest(panel, PANELS)}; there are {', '.join(PANELS)}"
+                )
             panel = PANELS[panel]
-        self.model, self.panel, self.autocast = model, panel, autocast
+        self.model, self.panel, self.autocast, self.ranks = model, panel, autocast, ranks
         self.batches = shares(batches, ranks.rank, ranks.count)
+        self._losses = {name: shares(some, ranks.rank, ranks.count) for name, some in (losses or {}).items()}
+        self.first, self._failures = True, 0
         try:
             with untouched(model.module):
                 _, self.skipped = plan(model, panel)
@@ -77,11 +93,42 @@ class Looker:
                 # An empty share of it still has to meet the others.
                 given = [self._repeated] if len(self._repeated) else []
                 tables.append(self.model.measure(given, _INDUCTION))
-        found = [reading for table in tables for reading in readings(table)]
+            found = [reading for table in tables for reading in readings(table)]
+            for name, batches in self._losses.items():
+                value = self.model.measure(batches, {"logits": NextTokenLoss()}).value("loss")
+                found.append(Reading(f"loss_{name}", float(value)))
         order = self.model.order
         # Sorting is stable: all others stay as they came.
         found.sort(key=lambda one: order.get(one.site or "", -1) if _lost(one) else len(order))
         return found
+
+    def look_safely(self, log: Logbook, at: int) -> list[Reading]:
+        """`look`, when a training has begun that must not end by it: a look that fails is told, and skipped.
+
+        After three in a row no more are taken. With several processes it is raised, since the others would wait for
+        this one for ever. So it is at the first look, which shows what cannot work at all.
+        """
+        if self._failures >= _FAILURES:
+            return []
+        try:
+            found = self.look()
+        except Exception as error:
+            if self.first or not self.ranks.alone:
+                raise
+            self._failures += 1
+            said = f"{type(error).__name__}: {error}"
+            log.event("look_failed", at, error=said)
+            last = "; no more are taken" if self._failures == _FAILURES else ""
+            warnings.warn(
+                f"a look at step {at} failed, and training goes on{last}: {said}", RuntimeWarning, stacklevel=4
+            )
+            return []
+        self.first, self._failures = False, 0
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """How large the probe is."""
+        return {"batches": len(self.batches), "rows": sum(map(rows_of, self.batches)), "losses": list(self._losses)}
 
     def _cast(self) -> contextlib.AbstractContextManager[Any]:
         return cast(self.model, self.autocast)

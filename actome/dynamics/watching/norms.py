@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..alarms.base import Reading
 
@@ -17,13 +17,13 @@ ENTRIES = 16_384
 
 
 class Chosen:
-    """Some entries of each tensor, the same at every step, from which the norm of a difference is estimated.
+    r"""Some entries of each tensor, the same at every step, from which the norm of a difference is estimated.
 
-    Of a tensor with n entries, m = min(n, 16384) are drawn with a fixed seed, and
-    :math:`\\lVert d \\rVert \\approx \\sqrt{n / m \\sum_{i \\text{ chosen}} d_i^2}`: exact for small tensors, and for others
-    within about 1 % where the entries of the difference are alike, more where few of them carry it (a row of an embedding).
+    Of a tensor with n entries, m = min(n, 16384) are drawn with a fixed seed, and for a difference d
+    :math:`\lVert d \rVert \approx \sqrt{\tfrac{n}{m} \sum_{i \text{ chosen}} d_i^2}`: exact for small tensors, and for
+    others within about 1 % where the entries of d are alike, more where few of them carry it (a row of an embedding).
 
-    >>> chosen = Chosen({"w": nn.Parameter(torch.ones(1000, 100))})
+    >>> chosen = Chosen({"w": torch.ones(1000, 100)})
     >>> before = chosen.take({"w": torch.ones(1000, 100)})
     >>> float(chosen.distances({"w": torch.full((1000, 100), 3.0)}, before)["w"].round())
     632.0

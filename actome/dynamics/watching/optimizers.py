@@ -56,7 +56,9 @@ class OptimizerWatch:
         self._handles: list[Any] = []
         self._guarded: dict[int, list[nn.Parameter]] = {}
         self.wanted = False  # whether norms are to be taken at this step, whatever was planned
-        self.before_is_called = False  # whether the loop calls `before` itself, since it makes gradients within the step
+        self.before_is_called = (
+            False  # whether the loop calls `before` itself, since it makes gradients within the step
+        )
         self._chosen = Chosen({})
         self.first = self._reference(reference)
         self._entry: dict[str, Tensor] | None = None

@@ -38,7 +38,7 @@ def probe_batches(model: Model, text: Any, context: int | None, tokens: int) -> 
     if isinstance(text, str) or (isinstance(text, (list, tuple)) and text and isinstance(text[0], str)):
         if model.tokenizer is None:
             raise TextError(
-                "the probe is text, and the model has no tokenizer to read it: give tokenizer=, or token ids as the probe"
+                "the probe is text, and the model has no tokenizer to read it: give tokenizer=, or a probe of token ids"
             )
         limit = min(model.context or CONTEXT, CONTEXT) if context is None else context
         if model.context is not None and limit > model.context:
@@ -55,7 +55,7 @@ def probe_batches(model: Model, text: Any, context: int | None, tokens: int) -> 
     if not isinstance(text, Iterable):
         raise TextError(f"the probe is text, token ids or batches, not {type(text).__name__}")
     batches = [_moved(first_of(one), model.device) for one in itertools.islice(text, BATCHES)]
-    if not batches or all(_rows(one) == 0 for one in batches):
+    if not batches or all(rows_of(one) == 0 for one in batches):
         raise TextError("the probe is empty: give text, token ids or batches, as many as one look should read")
     return batches
 
@@ -65,16 +65,14 @@ def _of_text(model: Model, text: Text, tokens: int) -> list[Any]:
     for batch in text:
         if text.pack and not taken and batch.n_tokens < text.context:
             raise TextError(
-                f"the probe text has {batch.n_tokens} tokens, which do not fill one row of {text.context} (context): give more "
-                f"text, or context={max(batch.n_tokens, 2)}"
+                f"the probe text has {batch.n_tokens} tokens, which do not fill one row of {text.context} (context): "
+                f"give more text, or context={max(batch.n_tokens, 2)}"
             )
         rows = max(1, (tokens - count) // text.context)
         # A last row that is shorter than the others would weigh its few tokens like theirs.
         whole = rows if batch.mask is None or not text.pack else min(rows, int(batch.mask.all(1).sum()))
-        ids, mask = batch.ids[:whole], None if batch.mask is None else batch.mask[:whole]
-        if len(ids):
-            mask = None if mask is None or bool(mask.all()) else mask
-            part = Batch(ids.to(model.device), None if mask is None else mask.to(model.device), batch.source[:whole], batch.sequence[:whole])
+        if whole:
+            part = _rows(batch, slice(whole), model.device)
             taken.append(part)
             count += part.n_tokens
         if count + text.context > tokens:
@@ -91,16 +89,17 @@ def shares(batches: list[Any], rank: int, ranks: int) -> list[Any]:
     if ranks == 1:
         return batches
     parts = [_every(one, rank, ranks) for one in batches]
-    return [one for one in parts if _rows(one)]
+    return [one for one in parts if rows_of(one)]
 
 
 def _every(batch: Any, rank: int, ranks: int) -> Any:
     if isinstance(batch, Batch):
-        mask = None if batch.mask is None else batch.mask[rank::ranks]
-        return Batch(batch.ids[rank::ranks], mask, batch.source[rank::ranks], batch.sequence[rank::ranks])
+        return _rows(batch, slice(rank, None, ranks))
     if isinstance(batch, Mapping):
-        rows = _rows(batch)
-        return {k: v[rank::ranks] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in batch.items()}
+        rows = rows_of(batch)
+        return {
+            k: v[rank::ranks] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in batch.items()
+        }
     return batch[rank::ranks]
 
 
@@ -118,11 +117,22 @@ def repeated_tokens(model: Model) -> Tensor | None:
     return once.repeat(1, 2).to(model.device)
 
 
+def _rows(batch: Batch, some: slice, device: torch.device | None = None) -> Batch:
+    """Some rows of a batch, without a mask where none of them is padded."""
+    ids, mask = batch.ids[some], None if batch.mask is None else batch.mask[some]
+    mask = None if mask is None or bool(mask.all()) else mask
+    if device is not None:
+        ids, mask = ids.to(device), None if mask is None else mask.to(device)
+    return Batch(ids, mask, batch.source[some], batch.sequence[some])
+
+
 def check_share(batches: list[Any], ranks: int) -> None:
     """That every process gets something to read."""
-    rows = max(map(_rows, batches))
+    rows = max(map(rows_of, batches))
     if rows < ranks:
-        raise RunError(f"the probe has batches of {rows} rows, and {ranks} processes share them; give {ranks} rows or more")
+        raise RunError(
+            f"the probe has batches of {rows} rows, and {ranks} processes share them; give {ranks} rows or more"
+        )
 
 
 def first_of(batch: Any) -> Any:
@@ -130,7 +140,8 @@ def first_of(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) else batch
 
 
-def _rows(batch: Any) -> int:
+def rows_of(batch: Any) -> int:
+    """How many rows a batch has."""
     if isinstance(batch, Batch):
         return len(batch.ids)
     if isinstance(batch, Mapping):
@@ -143,7 +154,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.detach().to(device)
     if isinstance(batch, Batch):
-        return Batch(batch.ids.to(device), None if batch.mask is None else batch.mask.to(device), batch.source, batch.sequence)
+        return _rows(batch, slice(None), device)
     if isinstance(batch, Mapping):
         # What is there to train with, such as labels, would only be computed for nothing.
         kept = {k: v for k, v in batch.items() if k not in ("labels", "decoder_labels")}

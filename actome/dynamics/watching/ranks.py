@@ -27,6 +27,13 @@ class Ranks:
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.first = self.rank == 0
 
+    @classmethod
+    def only(cls) -> Ranks:
+        """This process by itself, whatever others there are."""
+        one = cls()
+        one.rank, one.count, one.first = 0, 1, True
+        return one
+
     @property
     def alone(self) -> bool:
         return self.count == 1

@@ -26,12 +26,14 @@ class Step:
         at: its number.
         shared: scalars that every process has its own of; their mean is what is logged.
         own: numbers of this process.
+        skips: what the optimizers found of overflows, above 0 for a step that was passed over.
         readings: what looks and norms gave.
     """
 
     at: int
-    shared: dict[str, Scalar]
-    own: dict[str, float]
+    shared: dict[str, Scalar] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
+    skips: list[Scalar] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
 
 
@@ -56,7 +58,9 @@ def scalar(name: str, value: Any) -> Scalar:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise MeasureError(f"{name} is {value!r} ({type(value).__name__}); a number or a tensor of one is wanted") from None
+        raise MeasureError(
+            f"{name} is {value!r} ({type(value).__name__}); a number or a tensor of one is wanted"
+        ) from None
 
 
 def mean(values: list[Scalar]) -> Scalar:
@@ -72,16 +76,21 @@ def named(loss: Scalar | None, components: Mapping[str, Any] | None) -> dict[str
     return found
 
 
-def fetched(steps: list[Step], ranks: Ranks, device: torch.device) -> list[dict[str, float]]:
-    """For each step the numbers of its shared scalars, meaned over the processes; one transfer, one reduction."""
+def fetched(steps: list[Step], ranks: Ranks, device: torch.device) -> list[tuple[dict[str, float], bool]]:
+    """For each step its shared scalars, meaned over the processes, and whether it was passed over.
+
+    One transfer and one reduction for all of them.
+    """
     places = [(i, name) for i, step in enumerate(steps) for name in step.shared]
-    values = [steps[i].shared[name] for i, name in places]
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    numbers = iter(fetch(tensors))
+    skips = [(i, one) for i, step in enumerate(steps) for one in step.skips]
+    values = [steps[i].shared[name] for i, name in places] + [one for _, one in skips]
+    numbers = iter(fetch(value for value in values if isinstance(value, Tensor)))
     plain = [next(numbers) if isinstance(value, Tensor) else value for value in values]
+    passed = {i for (i, _), found in zip(skips, plain[len(places) :], strict=True) if found}
+    plain = plain[: len(places)]
     if plain and not ranks.alone:
         plain = ranks.mean(torch.tensor(plain, dtype=torch.float64), device).tolist()
     out: list[dict[str, float]] = [{} for _ in steps]
     for (i, name), value in zip(places, plain, strict=True):
         out[i][name] = value
-    return out
+    return [(one, i in passed) for i, one in enumerate(out)]

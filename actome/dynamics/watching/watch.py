@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from actome.core.errors import ActomeError, MeasureError, RunError
+from actome.core.errors import MeasureError, RunError
 from actome.core.load import wrap
 from actome.core.model import Model
 
 from ..alarms.base import Alarm, Reading
-from ..store import RunStore
 from ..writer import RunWriter
-from .cadence import Cadence, StepClock
+from .agenda import Agenda
+from .alerts import Alerts
 from .logbook import Logbook
-from .looks import Looker, origin
-from .norms import EXACT
+from .looks import Looker
+from .opening import first_weights, open_run
 from .optimizers import OptimizerWatch, unwrapped
 from .probe import TOKENS, check_share, probe_batches
 from .ranks import Ranks
 from .scalars import Scalar, Step, fetched, mean, named, scalar
-from .unwrap import unwrap
+from .trouble import Trouble
 from .untouched import untouched
-
-# Scalars wait no longer than this before they are fetched, written and shown to the detectors.
-_STEPS, _SECONDS = 50, 1.0
-# Of the budget the scalars of every step, the norms and the writing may take a third, and the panel the rest.
-_SHARE = 1 / 3
-# So many looks in a row may fail before no more are taken.
-_FAILURES = 3
-_INITIAL = "initial_weights"
+from .unwrap import unwrap
 
 
 def watch(model: Model | nn.Module, panel: Any = "training", **options: Any) -> Watch:
@@ -76,6 +68,8 @@ class Watch:
         text: the probe. Strings (read by `tokenizer`, packed into rows of `context` tokens, up to `tokens` of them), a
             `Text`, token ids, or batches as the forward takes them; always the same, and not part of the training data.
         run: the folder of the run, or a `RunWriter`, which is then left open.
+        losses: further texts by name, of which only the next-token loss is taken and logged as ``loss_NAME``: one
+            ``seen``, of the training data, and one ``heldout``, of the same source, tell memorising from learning.
         optimizer: the one or those that train it; found at its first step when not given.
         every: ``"auto"`` keeps within `budget`; a number looks at each so-manieth step whatever it costs.
         budget: the share of the training's time that watching may add. A third of it is for scalars, norms and writing.
@@ -86,9 +80,9 @@ class Watch:
         tokenizer, context, tokens: for a probe of strings.
         autocast: the dtype that the forwards of the training are cast to, so that the probe's are too.
         scaler: the `GradScaler`, if there is one, so that its scale is logged and steps that it skips are told apart.
-        guard: whether a few gradients are looked at before each update, so that values that are not finite are traced to
-            their site while the weights are still whole. By default on the CPU, where it takes microseconds; on an
-            accelerator it waits for the device at each step.
+        guard: whether a few gradients are looked at before each update, so that values that are not finite are traced
+            to their site while the weights are still whole. By default on the CPU, where it takes microseconds; on
+            an accelerator it waits for the device at each step.
         resume: True goes on with the run that `run` holds; a number does so from the checkpoint of this step.
         store: options of `RunWriter`, such as ``{"sinks": [...], "overwrite": True}``.
 
@@ -114,6 +108,7 @@ class Watch:
         *,
         text: Any = None,
         run: Any,
+        losses: Mapping[str, Any] | None = None,
         optimizer: Any = None,
         every: int | Literal["auto"] = "auto",
         budget: float = 0.03,
@@ -142,23 +137,20 @@ class Watch:
             self.model = wrap(unwrap(model))
         if tokenizer is not None and self.model.tokenizer is not tokenizer:
             self.model = wrap(self.model.module, tokenizer, name=self.model.name, example=self.model.example)
-        self._panel, self._text, self._context, self._tokens = panel, text, context, tokens
-        self._to, self._config, self._resume, self._store = run, config, resume, dict(store or {})
-        self._given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [] if optimizer is None else [optimizer]
+        self._panel, self._text, self._losses = panel, text, dict(losses or {})
+        self._reading = {"context": context, "tokens": tokens}
+        self._to, self._opening = run, {"config": config, "resume": resume, "store": dict(store or {})}
+        self._given = _listed(optimizer)
         self._autocast, self._scaler = autocast, scaler
-        self._detect, self._actions = alarms, actions
-        self._guard = self.model.device.type == "cpu" if guard is None else guard
+        self._alerts = Alerts(alarms, actions)
+        self._guarded = self.model.device.type == "cpu" if guard is None else guard
+        self._agenda = Agenda(None if every == "auto" else every, budget, steps)
         self.module = self.model.module
         self.run: RunWriter | None = None
         self.at = 0
         self.should_stop, self.reason = False, ""
         self.alarms: list[Alarm] = []
         self.skipped: list[str] = []
-        self.budget = budget
-        number = None if every == "auto" else every
-        self._looks = Cadence(budget * (1 - _SHARE), number, steps)
-        self._norms = Cadence(budget * _SHARE, number)
-        self._clock = StepClock()
         self._state: Literal["new", "open", "closed"] = "new"
 
     # -- beginning and ending -------------------------------------------------------------------------------------
@@ -169,46 +161,32 @@ class Watch:
             raise RunError("this watch has been begun already; make another for another training")
         begin = time.perf_counter()
         self._ranks = Ranks()
-        self._looker: Looker | None = None
         self._pending: list[Step] = []
         self._micro: list[dict[str, Scalar]] = []
         self._batch: Any = None
-        self._stash: dict[str, Tensor] | None = None
-        self._broken = False
-        self._failed = 0
-        self._spent = 0.0
         self._scale: float | None = None
         with untouched(self.module):
-            if self._panel is not None:
-                batches = probe_batches(self.model, self._text, self._context, self._tokens)
-                check_share(batches, self._ranks.count)
-                self._looker = Looker(self.model, self._panel, batches, self._ranks, self._autocast)
-                self.skipped = list(self._looker.skipped)
-            detectors = self._detectors()
-            self._log = Logbook(self._ranks.first_does(self._open))
+            self._looker = self._look_at()
+            self._log = Logbook(self._ranks.first_does(lambda: open_run(self._to, **self._opening)))
             self.run = self._log.run
-            self.at = self._ranks.tell(self.at)
             try:
-                self._optimizers = OptimizerWatch(
-                    self.model, self._given, self._norms_next, self._on_broken if self._guard else None, self._reference()
-                )
-            except BaseException:
-                self._log.close()
+                self.at = self._ranks.tell(0 if self.run is None else self._opening_step())
+                self._trouble = Trouble(self.model, self._looker.batches if self._looker else [], self._autocast)
+                guard = self._trouble.before_update if self._guarded else None
+                weights = None if self.run is None else first_weights(self.run)
+                self._hooks = OptimizerWatch(self.model, self._given, self._measure_next, guard, weights)
+                if self.run is not None and weights is None:
+                    self.run.log_tensor(self.at, "initial_weights", self._hooks.flat_reference())
+            except BaseException as error:
+                self._log.close(type(error), error)
                 raise
-        self._alarms = detectors
         self._state = "open"
-        self._keep_reference()
         self._log.event("begin", self.at, **self._facts())
-        self._flush_at, self._flushed = self.at + _STEPS, begin
-        for cadence in (self._looks, self._norms):
-            cadence.rewind(self.at)
-        setup = time.perf_counter() - begin
-        (self._looks if self._looker else self._norms).spend(setup)
-        self._spent += setup
-        self._pending.append(Step(self.at, {}, {}))
-        self._take(look=self._looker is not None, norms=True, first=True)
+        self._agenda.begin(self.at, self._ranks, self._looker is not None, time.perf_counter() - begin)
+        self._pending.append(Step(self.at))
+        self._take(look=self._looker is not None)
         self._flush()
-        self._clock.start(time.perf_counter())
+        self._agenda.clock.start(time.perf_counter())
         return self
 
     def __enter__(self) -> Watch:
@@ -218,7 +196,7 @@ class Watch:
         self.close(kind, error)
 
     def close(self, kind: type[BaseException] | None = None, error: BaseException | None = None) -> None:
-        """Writes what is left and takes out every hook; never raises for a disk that is full (`Logbook`)."""
+        """Writes what is left and takes out every hook; a disk that is full is told by a warning, as during the run."""
         if self._state != "open":
             return
         self._state = "closed"
@@ -226,18 +204,55 @@ class Watch:
             # After an exception the other processes may be anywhere, and would be waited for in vain.
             self._flush(alone=kind is not None)
         finally:
-            self._optimizers.close()
-            self._log.event("end", self.at, seconds=self._clock.total, **self._costs())
+            self._hooks.close()
+            self._log.event("end", self.at, **self._agenda.costs())
             if isinstance(self._to, RunWriter):
-                if self.run is not None:
-                    self.run.commit()
+                self._log.commit()
             else:
                 self._log.close(kind, error)
+
+    def _look_at(self) -> Looker | None:
+        if self._panel is None:
+            return None
+        batches = probe_batches(self.model, self._text, **self._reading)
+        check_share(batches, self._ranks.count)
+        others = {name: probe_batches(self.model, text, **self._reading) for name, text in self._losses.items()}
+        looker = Looker(self.model, self._panel, batches, self._ranks, self._autocast, others)
+        self.skipped = list(looker.skipped)
+        return looker
+
+    def _opening_step(self) -> int:
+        """The step that a run is gone on from; 0 for a new one."""
+        assert self.run is not None
+        resume = self._opening["resume"]
+        if resume is False:
+            return 0
+        self._alerts.resume(self.run)
+        if resume is not True:
+            return int(resume)
+        last = self.run.runs["last_step"].iloc[-1]
+        return 0 if last is None or last != last else int(last)
+
+    def _facts(self) -> dict[str, Any]:
+        probe = self._looker.describe() if self._looker else None
+        return {
+            "network": self.model.name,
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "trained": sum(p.numel() for p in self._hooks.trained().values()),
+            "panel": getattr(self._panel, "name", self._panel if isinstance(self._panel, str) else None),
+            "probe": probe,
+            "skipped": self.skipped,
+            "guard": self._guarded,
+            "processes": self._ranks.count,
+            **self._agenda.describe(),
+        }
+
+    # -- what may be asked ----------------------------------------------------------------------------------------
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers that are known to train the network."""
-        return self._optimizers.optimizers if self._state != "new" else [unwrapped(one) for one in self._given]
+        return [unwrapped(one) for one in self._given] if self._state == "new" else self._hooks.optimizers
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -252,7 +267,7 @@ class Watch:
     @property
     def overhead(self) -> float:
         """Seconds spent on watching, as a share of those spent on training so far."""
-        return self._spent / self._clock.total if self._clock.total else 0.0
+        return self._agenda.overhead
 
     @property
     def error(self) -> RunError | None:
@@ -290,21 +305,19 @@ class Watch:
 
         Raises:
             MeasureError: a loss that is not one number.
-            RunError: outside the ``with`` block.
+            RunError: outside the ``with`` block; a step that is not after the last one.
         """
         begin = time.perf_counter()
         if self._state != "open":
-            where = "after its `with` block has ended" if self._state == "closed" else "before `with ... as watch:`"
+            where = "after its `with` block had ended" if self._state == "closed" else "before `with ... as watch:`"
             raise RunError(f"watch.step was called {where}")
         shared = named(None if loss is None else scalar("loss", loss), components)
-        hooks = self._optimizers
-        skipped = False
-        if hooks.optimizers and not hooks.stepped:
-            skipped = at is not None or self._was_skipped()
-            if not skipped:  # one of several backward passes of a step
-                self._micro.append(shared)
-                hooks.spent += time.perf_counter() - begin
-                return
+        hooks = self._hooks
+        skipped = bool(hooks.optimizers) and not hooks.stepped
+        if skipped and at is None and not self._was_skipped():
+            self._micro.append(shared)  # of one of several backward passes, whose step is still to come
+            hooks.spent += time.perf_counter() - begin
+            return
         if self._micro:
             parts, self._micro = [*self._micro, shared], []
             shared = {name: mean([part[name] for part in parts if name in part]) for name in shared}
@@ -313,31 +326,81 @@ class Watch:
         if at is not None and at <= self.at:
             raise RunError(f"step {at} comes after step {self.at}; to go back to a checkpoint, resume the run")
         self.at = self.at + 1 if at is None else at
-        seconds = self._clock.tick(begin, hooks.spent)
-        own = {} if seconds is None else {"step_time": seconds}
+        own = self._agenda.tick(begin, hooks.spent)
         if hooks.lr is not None:
             own["lr"] = float(hooks.lr)
-        self._pending.append(Step(self.at, shared, own))
+        self._pending.append(Step(self.at, shared, own, [1.0] if skipped else hooks.skips))
         self._batch = batch
-        if skipped or hooks.skips:
-            self._note_skip(skipped)
-        if self._broken and self._stash is not None:
-            self._replay()
-        self._follow(hooks.spent)
-        hooks.begin_step()
-        end = time.perf_counter()
-        self._spent += end - begin + hooks.spent
-        self._clock.start(end)
-
-    def _follow(self, hooked: float) -> None:
-        """What is due at this step: norms that were taken around it, a look, the fetching of scalars."""
-        usual = self._clock.usual
-        norms = bool(self._optimizers.measured)
-        look = self._looker is not None and self._looks.next is not None and self.at >= self._looks.next
-        if norms or look:
-            self._take(look, norms)
-        elif self._looks.next is None or self._norms.next is None:
-            self._plan(usual)
-        late = self._ranks.alone and time.perf_counter() - self._flushed > _SECONDS
-        if look or norms and self._ranks.alone or late or self.at >= self._flush_at or self._unsound():
+        look = self._agenda.looks_at(self.at)
+        if look or hooks.measured:
+            self._take(look)
+        if self._trouble.now:
+            self._pending[-1].readings[:0] = self._trouble.after_step(batch)
+        if look or self._agenda.flushes_at(self.at) or self._unsound():
             self._flush()
+        self._agenda.spend(begin, hooks.spent)
+        hooks.begin_step()
+
+    def _was_skipped(self) -> bool:
+        """Whether a gradient scaler passed over the step that did not come, and not that more backward passes come."""
+        if self._scaler is None:
+            return not self._hooks.has_gradients()
+        scale = float(self._scaler.get_scale())
+        before, self._scale = self._scale, scale
+        return before is not None and scale < before
+
+    def _measure_next(self) -> bool:
+        """Asked by the hooks around an optimizer's step: whether norms are to be taken around it."""
+        return self._ranks.first and self._agenda.measures_at(self.at + 1)
+
+    def _unsound(self) -> bool:
+        """Whether something is to be told now: a loss that is known not to be finite, or what was found before it."""
+        if not self._ranks.alone:
+            return False
+        last = self._pending[-1]
+        loss = last.shared.get("loss")
+        known = isinstance(loss, float) or (loss is not None and loss.device.type == "cpu")
+        return any(one.measure == "non_finite" for one in last.readings) or (known and not abs(float(loss)) < torch.inf)
+
+    def _take(self, look: bool) -> None:
+        """Norms of this step, and a look if one is due."""
+        last = self._pending[-1]
+        if self._ranks.first:
+            with self._agenda.norms(self.at, self._hooks):
+                self._hooks.weights()
+                last.readings += self._hooks.readings()
+        if look and self._looker is not None:
+            with self._agenda.look(self.at, self.model.device):
+                last.readings[:0] = self._looker.look_safely(self._log, self.at)
+        if "grad_norm" in last.shared:
+            last.readings[:] = [one for one in last.readings if (one.measure, one.site) != ("grad_norm", None)]
+
+    def _flush(self, alone: bool = False) -> None:
+        """Fetches the scalars of all steps since the last time, writes them, and tells what the detectors find."""
+        begin = time.perf_counter()
+        steps, self._pending = self._pending, []
+        ranks = Ranks.only() if alone else self._ranks
+        told: list[tuple[int, list[Reading]]] = []
+        for step, (shared, skips) in zip(steps, fetched(steps, ranks, self.model.device), strict=True):
+            if skips:
+                self._log.event("skipped_step", step.at)
+            step.readings[:0] = self._trouble.of_loss(shared.get("loss", 0.0), self._batch)
+            values = {**shared, **step.own}
+            if step is steps[-1]:
+                values |= self._agenda.last_values(self._scaler)
+            self._log.scalars(step.at, values)
+            self._log.readings(step.at, step.readings)
+            told.append((step.at, [*(Reading(name, value) for name, value in values.items()), *step.readings]))
+        found = self._alerts.found(told) if self._ranks.first else []
+        self._agenda.plan(self.at, time.perf_counter() - begin, self._log)
+        if not ranks.alone:
+            found, self.should_stop, self.reason = ranks.tell((found, self.should_stop, self.reason))
+            self._agenda.agree(ranks)
+        self.alarms += found
+        self._alerts.tell(found, self._log, self)
+
+
+def _listed(optimizer: Any) -> list[Any]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
