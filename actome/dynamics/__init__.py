@@ -7,7 +7,14 @@
 - `change_point`, `segments`, `turning_points`, `plateaus`, `first_passage`, `lead_time`, `delay`: dates of a curve
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
 - `EarlyWarning`: whether a jump was announced
+- `watch`, `Watch` (`watching`): a training watched from one line in its loop; `WatchCallback` and `LightningWatch` for
+  trainers
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .changepoints import ChangePoint, change_point
 from .curves import Trend, emergence_score, required_items, trend, wilson
@@ -25,6 +32,7 @@ from .smoothing import smooth
 from .store import News, RunStore
 from .turns import Plateau, Turn, plateaus, turning_points
 from .variance import EvalVariance
+from .watching import Watch, first_non_finite, watch
 from .writer import RunWriter
 
 __all__ = [
@@ -40,6 +48,7 @@ __all__ = [
     "LawComparison",
     "LawFit",
     "Lead",
+    "LightningWatch",
     "MetricSwap",
     "News",
     "Passage",
@@ -55,12 +64,15 @@ __all__ = [
     "Turn",
     "WandbSink",
     "Warnings",
+    "Watch",
+    "WatchCallback",
     "change_point",
     "compare_laws",
     "control",
     "delay",
     "emergence_score",
     "extrapolate",
+    "first_non_finite",
     "first_passage",
     "fit_law",
     "lead_time",
@@ -73,5 +85,19 @@ __all__ = [
     "smooth",
     "trend",
     "turning_points",
+    "watch",
     "wilson",
 ]
+
+# They inherit from classes of heavy libraries, which are imported once one of them is asked for.
+_CALLBACKS = {"WatchCallback": "callbacks_transformers", "LightningWatch": "callbacks_lightning"}
+
+if TYPE_CHECKING:
+    from .callbacks_lightning import LightningWatch
+    from .callbacks_transformers import WatchCallback
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CALLBACKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_CALLBACKS[name]}"), name)

@@ -84,6 +84,7 @@ class Watch:
             to their site while the weights are still whole. By default on the CPU, where it takes microseconds; on
             an accelerator it waits for the device at each step.
         resume: True goes on with the run that `run` holds; a number does so from the checkpoint of this step.
+        start: how many steps a training that has a new run has made already.
         store: options of `RunWriter`, such as ``{"sinks": [...], "overwrite": True}``.
 
     Attributes:
@@ -123,6 +124,7 @@ class Watch:
         scaler: Any = None,
         guard: bool | None = None,
         resume: bool | int = False,
+        start: int = 0,
         store: Mapping[str, Any] | None = None,
     ):
         if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
@@ -139,7 +141,11 @@ class Watch:
             self.model = wrap(self.model.module, tokenizer, name=self.model.name, example=self.model.example)
         self._panel, self._text, self._losses = panel, text, dict(losses or {})
         self._reading = {"context": context, "tokens": tokens}
-        self._to, self._opening = run, {"config": config, "resume": resume, "store": dict(store or {})}
+        self._to, self._start, self._opening = (
+            run,
+            start,
+            {"config": config, "resume": resume, "store": dict(store or {})},
+        )
         self._given = _listed(optimizer)
         self._autocast, self._scaler = autocast, scaler
         self._alerts = Alerts(alarms, actions)
@@ -183,10 +189,11 @@ class Watch:
         self._state = "open"
         self._log.event("begin", self.at, **self._facts())
         self._agenda.begin(self.at, self._ranks, self._looker is not None, time.perf_counter() - begin)
+        looked = time.perf_counter()
         self._pending.append(Step(self.at))
         self._take(look=self._looker is not None)
         self._flush()
-        self._agenda.clock.start(time.perf_counter())
+        self._agenda.spend(looked, 0.0)
         return self
 
     def __enter__(self) -> Watch:
@@ -222,11 +229,11 @@ class Watch:
         return looker
 
     def _opening_step(self) -> int:
-        """The step that a run is gone on from; 0 for a new one."""
+        """The step that is gone on from."""
         assert self.run is not None
         resume = self._opening["resume"]
         if resume is False:
-            return 0
+            return self._start
         self._alerts.resume(self.run)
         if resume is not True:
             return int(resume)
@@ -278,9 +285,26 @@ class Watch:
         """Asks the training to end: sets `should_stop`, which the loop (or a trainer's callback) looks at."""
         self.should_stop, self.reason = True, reason
 
+    def log(self, values: Mapping[str, float]) -> None:
+        """Notes further numbers of this step, such as those of an evaluation."""
+        self._log.scalars(self.at, dict(values))
+
     def event(self, name: str, **data: Any) -> None:
         """Notes something that happened at this step, such as a checkpoint."""
         self._log.event(name, self.at, **data)
+
+    @property
+    def told_before_update(self) -> bool:
+        """Whether the loop calls `before_update`; set by loops that make the gradients within the optimizer's step."""
+        return self._hooks.before_is_called
+
+    @told_before_update.setter
+    def told_before_update(self, told: bool) -> None:
+        self._hooks.before_is_called = told
+
+    def before_update(self, optimizer: Any) -> None:
+        """Sees the gradients and weights before an update; needed only with `told_before_update`."""
+        self._hooks.before(unwrapped(optimizer))
 
     # -- each step ------------------------------------------------------------------------------------------------
 
