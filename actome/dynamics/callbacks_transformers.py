@@ -19,8 +19,8 @@ class WatchCallback(TrainerCallback):
     (gradient accumulation, skipped steps), the loss is that of each step and not the mean that the trainer logs (its
     filter of NaN does not apply), batches are at hand when a loss is not finite, and the forwards of the probe are cast
     as ``bf16`` or ``fp16`` say. An alarm's `Stop` ends the training by ``control.should_training_stop``. A training
-    that is resumed from a checkpoint goes on with its run; what that had logged after the checkpoint is passed over. What
-    the trainer evaluates and saves becomes rows and events.
+    that is resumed from a checkpoint goes on with its run; what that had logged after the checkpoint is passed over.
+    What the trainer evaluates and saves becomes rows and events.
 
     Args:
         panel, options: as those of `actome.Watch`; the tokenizer is the trainer's unless given.

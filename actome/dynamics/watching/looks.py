@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actome.core.errors import MeasureError, SiteError, nearest
 from actome.core.model import Model
-from actome.core.stream import plan
+from actome.core.stream import Plan
 from actome.core.table import MeasureTable
 from actome.measures.induction import InductionScore
 from actome.measures.loss import NextTokenLoss
@@ -72,11 +72,13 @@ class Looker:
         self.first, self._failures = True, 0
         try:
             with untouched(model.module):
-                _, self.skipped = plan(model, panel)
+                self._plan = Plan(model, panel)
         except (MeasureError, SiteError) as error:
             name = panel.name if isinstance(panel, Panel) else "what was asked for"
             raise type(error)(f"{model.name} cannot be watched by {name}: {error}") from error
+        self.skipped = list(self._plan.skipped)
         self._repeated = self._heads(ranks)
+        self._induction = None if self._repeated is None else Plan(model, _INDUCTION)
 
     def _heads(self, ranks: Ranks) -> Tensor | None:
         if not isinstance(self.panel, Panel) or self.panel.name != "training":
@@ -88,11 +90,11 @@ class Looker:
     def look(self) -> list[Reading]:
         """All values of one look; those of `non_finite` first, in the order of the forward."""
         with untouched(self.model.module), self._cast():
-            tables = [self.model.measure(self.batches, self.panel)]
+            tables = [self.model.measure(self.batches, self._plan)]
             if self._repeated is not None:
                 # An empty share of it still has to meet the others.
                 given = [self._repeated] if len(self._repeated) else []
-                tables.append(self.model.measure(given, _INDUCTION))
+                tables.append(self.model.measure(given, self._induction))
             found = [reading for table in tables for reading in readings(table)]
             for name, batches in self._losses.items():
                 value = self.model.measure(batches, {"logits": NextTokenLoss()}).value("loss")
