@@ -94,7 +94,8 @@ def test_small_and_large_batches_take_different_paths_to_the_same_values():
     ids = torch.randint(3, 29, (40, 60), generator=torch.Generator().manual_seed(0))
     parts = [m.measure(ids, {RESID: Square()}, batch_size=n).value("mean_square") for n in (1, 7, 40)]
     for part in parts[1:]:
-        torch.testing.assert_close(part, parts[0])
+        # The forward is in float32, and its products may be summed in another order where the batch is larger.
+        torch.testing.assert_close(part, parts[0], rtol=1e-5, atol=1e-6)
 
 
 def test_padding_changes_nothing():
