@@ -356,11 +356,12 @@ class Watch:
         self._pending.append(Step(self.at, shared, own, [1.0] if skipped else hooks.skips))
         self._batch = batch
         look = self._agenda.looks_at(self.at)
-        if look or hooks.measured:
+        taken = look or hooks.measured
+        if taken:
             self._take(look)
         if self._trouble.now:
             self._pending[-1].readings[:0] = self._trouble.after_step(batch)
-        if look or self._agenda.flushes_at(self.at) or self._unsound():
+        if look or self._agenda.flushes_at(self.at) or (self._ranks.alone and (taken or self._unsound())):
             self._flush()
         self._agenda.spend(begin, hooks.spent)
         hooks.begin_step()
@@ -379,8 +380,6 @@ class Watch:
 
     def _unsound(self) -> bool:
         """Whether something is to be told now: a loss that is known not to be finite, or what was found before it."""
-        if not self._ranks.alone:
-            return False
         last = self._pending[-1]
         loss = last.shared.get("loss")
         known = isinstance(loss, float) or (loss is not None and loss.device.type == "cpu")
