@@ -32,18 +32,19 @@ class Trouble:
     def __init__(self, model: Model, probe: list[Any], autocast: torch.dtype | None):
         self.model, self.probe, self.autocast = model, probe, autocast
         self.now = False
+        self._since = 0
         self._found: list[Reading] = []
         self._before: dict[str, Tensor] | None = None
 
-    def before_update(self, hooks: OptimizerWatch) -> None:
-        """Gradients are not finite, and the weights are still those that made them.
+    def before_update(self, hooks: OptimizerWatch, at: int) -> None:
+        """Gradients of a step are not finite, and the weights are still those that made them.
 
         When the probe does not show it, the weights are kept for a look at the batch itself, which the loop gives after
         the update.
         """
         if self.now:
             return
-        self.now = True
+        self.now, self._since = True, at
         hooks.wanted = True  # the gradients' norms say which components are concerned
         found = origin(self.model, self.probe, self.autocast)
         if found is not None:
@@ -62,13 +63,13 @@ class Trouble:
         found, self._found = self._found, []
         return found
 
-    def of_loss(self, loss: float, batch: Any) -> list[Reading]:
-        """The same for a loss that was fetched: with the weights as they are now, unless it was traced before."""
+    def of_loss(self, at: int, loss: float, batch: Any) -> list[Reading]:
+        """The same for a step's loss that was fetched: with the weights as they are now, unless it was traced before."""
         if math.isfinite(loss):
-            self.now = False
+            self.now = self.now and at <= self._since
             return []
         if self.now:
             return []
-        self.now = True
+        self.now, self._since = True, at
         found = origin(self.model, [*self.probe, *([] if batch is None else [first_of(batch)])], self.autocast)
         return [] if found is None else [found]

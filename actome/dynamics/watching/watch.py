@@ -178,7 +178,7 @@ class Watch:
             try:
                 self.at = self._ranks.tell(0 if self.run is None else self._opening_step())
                 self._trouble = Trouble(self.model, self._looker.batches if self._looker else [], self._autocast)
-                guard = self._trouble.before_update if self._guarded else None
+                guard = self._before_broken_update if self._guarded else None
                 weights = None if self.run is None else first_weights(self.run)
                 self._hooks = OptimizerWatch(self.model, self._given, self._measure_next, guard, weights)
                 if self.run is not None and weights is None:
@@ -378,6 +378,10 @@ class Watch:
         """Asked by the hooks around an optimizer's step: whether norms are to be taken around it."""
         return self._ranks.first and self._agenda.measures_at(self.at + 1)
 
+    def _before_broken_update(self, hooks: OptimizerWatch) -> None:
+        """Asked by the same hooks when gradients are not finite."""
+        self._trouble.before_update(hooks, self.at + 1)
+
     def _unsound(self) -> bool:
         """Whether something is to be told now: a loss that is known not to be finite, or what was found before it."""
         last = self._pending[-1]
@@ -407,7 +411,7 @@ class Watch:
         for step, (shared, skips) in zip(steps, fetched(steps, ranks, self.model.device), strict=True):
             if skips:
                 self._log.event("skipped_step", step.at)
-            step.readings[:0] = self._trouble.of_loss(shared.get("loss", 0.0), self._batch)
+            step.readings[:0] = self._trouble.of_loss(step.at, shared.get("loss", 0.0), self._batch)
             values = {**shared, **step.own}
             if step is steps[-1]:
                 values |= self._agenda.last_values(self._scaler)
