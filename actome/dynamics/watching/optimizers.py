@@ -147,8 +147,6 @@ class OptimizerWatch:
         if found is not None:
             self.skips.append(found.detach().clone() if isinstance(found, Tensor) else float(found))
         self.lr = optimizer.param_groups[0]["lr"]
-        if self._entry is not None:
-            self._compare()
         self.spent += time.perf_counter() - begin
 
     def _sound(self, optimizer: Optimizer) -> bool:
@@ -210,11 +208,12 @@ class OptimizerWatch:
             moved = dict(zip(trained, lengths(before), strict=True))
         else:
             moved = self._chosen.distances(trained, self._entry)
-        # Of several optimizers the last leaves what all of them did.
         self._norms["update_norm"] = moved
 
     def weights(self) -> None:
-        """Takes the norms of the weights, and how far they are from where they began."""
+        """Takes the norms of the weights, and how far they are from where they began and from before this step."""
+        if self._entry is not None:
+            self._compare()
         trained = {name: p.detach() for name, p in self.trained().items()}
         for name, p in trained.items():
             if name not in self.first:  # trained only from here on

@@ -64,7 +64,7 @@ class Trouble:
         return found
 
     def of_loss(self, at: int, loss: float, batch: Any) -> list[Reading]:
-        """The same for a step's loss that was fetched: with the weights as they are now, unless it was traced before."""
+        """The same for a loss that was fetched: with the weights as they are now, unless it was traced before."""
         if math.isfinite(loss):
             self.now = self.now and at <= self._since
             return []

@@ -170,7 +170,7 @@ class Watch:
         self._pending: list[Step] = []
         self._micro: list[dict[str, Scalar]] = []
         self._batch: Any = None
-        self._scale: float | None = None
+        self._scale = 0.0 if self._scaler is None else self._scaler.get_scale()
         with untouched(self.module):
             self._looker = self._look_at()
             self._log = Logbook(self._ranks.first_does(lambda: open_run(self._to, **self._opening)))
@@ -336,7 +336,7 @@ class Watch:
             where = "after its `with` block had ended" if self._state == "closed" else "before `with ... as watch:`"
             raise RunError(f"watch.step was called {where}")
         shared = named(None if loss is None else scalar("loss", loss), components)
-        hooks = self._hooks
+        hooks, scaler = self._hooks, self._scaler
         skipped = bool(hooks.optimizers) and not hooks.stepped
         if skipped and at is None and not self._was_skipped():
             self._micro.append(shared)  # of one of several backward passes, whose step is still to come
@@ -350,6 +350,7 @@ class Watch:
         if at is not None and at <= self.at:
             raise RunError(f"step {at} comes after step {self.at}; to go back to a checkpoint, resume the run")
         self.at = self.at + 1 if at is None else at
+        self._scale = 0.0 if scaler is None else scaler.get_scale()
         own = self._agenda.tick(begin, hooks.spent)
         if hooks.lr is not None:
             own["lr"] = float(hooks.lr)
@@ -368,11 +369,7 @@ class Watch:
 
     def _was_skipped(self) -> bool:
         """Whether a gradient scaler passed over the step that did not come, and not that more backward passes come."""
-        if self._scaler is None:
-            return not self._hooks.has_gradients()
-        scale = float(self._scaler.get_scale())
-        before, self._scale = self._scale, scale
-        return before is not None and scale < before
+        return self._scaler.get_scale() < self._scale if self._scaler is not None else not self._hooks.has_gradients()
 
     def _measure_next(self) -> bool:
         """Asked by the hooks around an optimizer's step: whether norms are to be taken around it."""
