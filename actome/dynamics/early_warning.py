@@ -105,7 +105,7 @@ class EarlyWarning:
         taus = {name: float(_kendall(values)[0]) for name, values in found.items()}
         p = dict.fromkeys(taus, float("nan"))
         if self.surrogates:
-            drawn = self._detrended(self._surrogates(rest[0], rho, np.random.default_rng(self.seed)))
+            drawn = self._detrended(self.null_traces(rest[0], rho, np.random.default_rng(self.seed)))
             for name, values in self._indicators(drawn).items():
                 null, own = _kendall(values), taus[name]
                 more = (null <= own) if name == "return_rate" else (null >= own)
@@ -148,7 +148,8 @@ class EarlyWarning:
         kernel = np.exp(-0.5 * offset**2)
         return traces - traces @ (kernel / kernel.sum(1, keepdims=True)).T
 
-    def _surrogates(self, rest: Array, rho: float, rng: np.random.Generator) -> Array:
+    def null_traces(self, rest: Array, rho: float, rng: np.random.Generator) -> Array:
+        """Surrogates of a detrended trace of this autocorrelation, before they are detrended: (surrogates, points)."""
         n = len(rest)
         if self.kind == "ar1":
             # Detrending draws the autocorrelation down; surrogates get what they need to show the same after it.

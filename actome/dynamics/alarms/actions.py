@@ -23,12 +23,12 @@ class Watching(Protocol):
     Attributes:
         module: that is trained.
         optimizers: those that are known; empty when there are none.
-        step: at which the training is now; an alarm may be of an earlier one.
+        at: the step that the training is at; an alarm may be of an earlier one.
     """
 
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
-    step: int
+    at: int
 
     def stop(self, reason: str) -> None:
         """Asks the training to end after this step."""
@@ -125,8 +125,8 @@ class SaveCheckpoint:
     def __call__(self, alarm: Alarm, watch: Watching) -> str:
         folder = Path(self.folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{watch.step}-{alarm.name}.pt"
-        held = {"step": watch.step, "alarm": alarm.name, "model": watch.module.state_dict()}
+        path = folder / f"step-{watch.at}-{alarm.name}.pt"
+        held = {"step": watch.at, "alarm": alarm.name, "model": watch.module.state_dict()}
         if self.optimizers:
             held["optimizers"] = [one.state_dict() for one in watch.optimizers]
         part = path.with_suffix(".part")

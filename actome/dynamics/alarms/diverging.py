@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -16,16 +15,16 @@ from .spikes import total
 class LossDivergence(Detector):
     """The loss has lost what it had gained, or never gained anything and lies above where it began.
 
-    Looked at is the median of the last `window` losses, against the best such median so far and the median of the first
-    `first` losses. A ``warning`` when more than `share` of the gain is lost, ``critical`` when the loss is above its
-    start; in either case by more than `z` standard errors of the median and two percent of the loss. Typical of a
+    Three of four of the last `window` losses have to be above a level. Above the best median of so many losses by `share`
+    of what had been gained from the start, that is a ``warning``; above the start, ``critical``; in either case by a
+    `margin` as well. The start is the first loss, or the median of the first `first` where that is lower. Typical of a
     learning rate that is too high, or of a spike that does not come back.
 
     Args:
         window: losses that a median is taken of.
         first: losses that the start is the median of.
         share: of the gain.
-        z: in standard errors of the median, of the spread of the losses within the window.
+        margin: share of the best loss, or of the start, that a loss has to be above it.
 
     Delay: about `window` steps after the loss has gone up.
 
@@ -39,10 +38,10 @@ class LossDivergence(Detector):
     name: ClassVar[str] = "loss_divergence"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
 
-    def __init__(self, window: int = 16, first: int = 4, share: float = 0.5, z: float = 4.0):
-        if window < 4 or first < 1 or not 0 < share <= 1 or z < 0:
-            raise MeasureError(f"window={window}, first={first}, share={share}, z={z}: want 4, 1, a share, and 0")
-        self.window, self.share, self.z = window, share, z
+    def __init__(self, window: int = 16, first: int = 4, share: float = 0.5, margin: float = 0.02):
+        if window < 4 or first < 1 or not 0 < share <= 1 or margin < 0:
+            raise MeasureError(f"window={window}, first={first}, share={share}, margin={margin}: want 4, 1, a share, 0")
+        self.window, self.share, self.margin = window, share, margin
         self._start = Track(first)
         self._first = first
         self._recent = Window(window)
@@ -57,15 +56,14 @@ class LossDivergence(Detector):
         self._recent.add(step, value)
         if not self._recent.full or len(self._start) < self._first:
             return None
-        median, spread = self._recent.median, self._recent.spread
-        start = sorted(self._start.values)[self._first // 2]
+        median, low = self._recent.median, self._recent.quartile
+        start = min(self._start.values[0], sorted(self._start.values)[self._first // 2])
         self._best.add(step, median)
         best = self._best.value
-        noise = self.z * spread / math.sqrt(self.window)
-        lost, gain = median - best, start - best
-        if median - start > max(noise, 0.02 * abs(start)):
+        gain = start - best
+        if low - start > self.margin * abs(start):
             return [self._alarm(step, "critical", median, best, start)]
-        if lost > max(self.share * gain, noise, 0.02 * abs(best)) and gain > noise:
+        if gain > self.margin * abs(start) and low - best > max(self.share * gain, self.margin * abs(best)):
             return [self._alarm(step, "warning", median, best, start)]
         return []
 

@@ -16,15 +16,17 @@ _NAMED = 32
 
 
 class DyingUnits(Detector):
-    """Units that were alive at an earlier sample and dead at each of the last ones.
+    """Units that were alive at several samples and then dead at each of the last ones.
 
-    From the share of dead units (`DeadUnits`, value ``dead``), against the lowest share so far; where the peaks of single
-    units were logged (value ``peak``), the units are named. A few units die in healthy trainings with ReLU: that is told
-    as ``info``; from `warn` of a site's units on it is a ``warning``, from `critical` on ``critical``. Units that were
-    never alive are no news.
+    From the share of dead units (`DeadUnits`, value ``dead``), against the lowest share that held for `settled` samples;
+    where the peaks of single units were logged (value ``peak``), the units are named. In the first steps of a healthy
+    training with ReLU a tenth of a site's units may look dead and come back, and later a few die: that is told as
+    ``info``; from `warn` of a site's units on it is a ``warning``, from `critical` on ``critical``. Units that were never
+    alive are no news.
 
     Args:
         hold: samples in a row at which a unit has to be dead. A unit that opens rarely looks dead on a short probe.
+        settled: samples at which a unit has to have been alive before.
         warn, critical: shares of a site's units that died.
         threshold: of `DeadUnits`, for single units: a peak of at most this, in units of the site's rms, is dead.
 
@@ -36,7 +38,7 @@ class DyingUnits(Detector):
     >>> site = "blocks.0.mlp.act"
     >>> def peaks(step):                                            # unit 1 dies at step 30
     ...     return [Reading("peak", 2.0, site, 0, unit=0), Reading("peak", 0.0 if step >= 30 else 1.0, site, 0, unit=1)]
-    >>> told = [one for step in range(0, 60, 10) for one in dying.update(step, peaks(step))]
+    >>> told = [one for step in range(0, 70, 10) for one in dying.update(step, peaks(step))]
     >>> told[0].step, told[0].evidence["units"], told[0].level
     (30, [1], 'critical')
     """
@@ -44,18 +46,19 @@ class DyingUnits(Detector):
     name: ClassVar[str] = "dying_units"
     needs: ClassVar[tuple[str, ...]] = ("dead", "peak")
 
-    def __init__(self, hold: int = 2, warn: float = 0.1, critical: float = 0.5, threshold: float = 1e-3):
-        if hold < 1 or not 0 < warn <= critical <= 1 or threshold < 0:
+    def __init__(
+        self, hold: int = 3, settled: int = 3, warn: float = 0.25, critical: float = 0.5, threshold: float = 1e-3
+    ):
+        if hold < 1 or settled < 1 or not 0 < warn <= critical <= 1 or threshold < 0:
             raise MeasureError(
-                f"hold={hold}, warn={warn}, critical={critical}, threshold={threshold}: want 1 or more, 0 < warn <= "
-                "critical <= 1 and 0 or more"
+                f"hold={hold}, settled={settled}, warn={warn}, critical={critical}, threshold={threshold}: want 1 or more "
+                "samples, 0 < warn <= critical <= 1 and a threshold of 0 or more"
             )
-        self.hold, self.warn, self.critical, self.threshold = hold, warn, critical, threshold
+        self.hold, self.settled, self.warn, self.critical, self.threshold = hold, settled, warn, critical, threshold
         self._shares: dict[str, Track] = {}
         self._least: dict[str, Best] = {}
-        self._alive: dict[str, dict[int, int]] = {}  # the step at which a unit was first seen alive
+        self._alive: dict[str, dict[int, tuple[int, ...]]] = {}  # the first steps at which a unit was seen alive
         self._dead: dict[str, deque[tuple[int, frozenset[int]]]] = {}
-        self._widths: dict[str, int] = {}
 
     def update(self, step: int, readings: Sequence[Reading]) -> list[Alarm] | None:
         peaks: dict[str, dict[int, float]] = {}
@@ -84,7 +87,7 @@ class DyingUnits(Detector):
             for one in tracks.values():
                 one.rewind(step)
         for site, alive in self._alive.items():
-            self._alive[site] = {unit: at for unit, at in alive.items() if at < step}
+            self._alive[site] = {unit: tuple(at for at in steps if at < step) for unit, steps in alive.items()}
         for dead in self._dead.values():
             while dead and dead[-1][0] >= step:
                 dead.pop()
@@ -93,24 +96,28 @@ class DyingUnits(Detector):
         dead = frozenset(unit for unit, peak in peaks.items() if peak <= self.threshold)
         alive = self._alive.setdefault(site, {})
         for unit, peak in peaks.items():
-            if peak > self.threshold:
-                alive.setdefault(unit, step)
+            seen = alive.get(unit, ())
+            if peak > self.threshold and len(seen) < self.settled:
+                alive[unit] = (*seen, step)
         kept = self._dead.setdefault(site, deque(maxlen=self.hold))
         kept.append((step, dead))
         if len(kept) < self.hold:
             return None
-        gone = sorted(unit for unit in frozenset.intersection(*(units for _, units in kept)) if unit in alive)
+        both = frozenset.intersection(*(units for _, units in kept))
+        gone = sorted(unit for unit in both if len(alive.get(unit, ())) == self.settled)
         if not gone:
             return None
         return self._alarm(kept[0][0], site, len(gone) / len(peaks), len(peaks), gone)
 
     def _share(self, step: int, site: str, share: float) -> Alarm | None:
-        track = self._shares.setdefault(site, Track(self.hold))
+        track = self._shares.setdefault(site, Track(max(self.hold, self.settled)))
         least = self._least.setdefault(site, Best())
         track.add(step, share)
-        risen = min(track.values) - least.value if len(track) == self.hold and least.step is not None else 0.0
-        least.add(step, share)
-        return self._alarm(track.steps[0], site, risen, None, []) if risen > 0 else None
+        last = track.last(self.hold)
+        risen = min(last) - least.value if len(last) == self.hold and least.step is not None else 0.0
+        if len(track) >= self.settled:
+            least.add(step, max(track.last(self.settled)))
+        return self._alarm(track.steps[-self.hold], site, risen, None, []) if risen > 0 else None
 
     def _alarm(self, step: int, site: str, share: float, width: int | None, units: list[int]) -> Alarm:
         level: Level = "critical" if share >= self.critical else "warning" if share >= self.warn else "info"

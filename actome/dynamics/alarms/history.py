@@ -79,6 +79,11 @@ class Window:
         return self._sorted[len(self._sorted) // 2]
 
     @property
+    def quartile(self) -> float:
+        """The lower one: three of four readings lie above it."""
+        return self._sorted[len(self._sorted) // 4]
+
+    @property
     def spread(self) -> float:
         """The standard deviation that a normal distribution of this interquartile range has."""
         n = len(self._sorted)

@@ -21,8 +21,8 @@ class NonFinite(Detector):
 
     The first cause that is seen at a step names the place: among activations the first site of the forward; without
     those, among gradients the last component of the forward, for the backward passes there first; then the first
-    component of weights. What follows from it at later steps (after one update everything is NaN) is not told again.
-    A masked or unread activation may be NaN for long before the loss shows it.
+    component of weights. What follows from it at later steps is not told again: after one update everything is NaN, and
+    no site tells anything. A masked or unread activation may be NaN for long before the loss shows it.
 
     Under a loss scale (float16; a reading ``loss_scale``) gradients overflow in a healthy training now and then: alone
     they are told as ``info`` until they have done so three times in a row.
@@ -64,14 +64,14 @@ class NonFinite(Detector):
                 self._overflows = []
             self._first = None
             return []
-        place = self._place(bad)
+        place = self._place(bad, [one.site for one in readings if one.measure == "non_finite" and one.site])
         if self._only(bad, "gradients") and self._scaled is not None:
             self._overflows = [*self._overflows, step][-_SCALED:]
             if len(self._overflows) < _SCALED:
                 return [self._alarm(step, place, bad, "info")]
-        if self._first is None or (self._first.site is None and place is not None):
-            began = step if self._first is None else self._first.step
-            self._first = self._alarm(began, place, bad, "critical")
+        first = self._first
+        if first is None or (first.site is None and place is not None):
+            self._first = self._alarm(step if first is None else first.step, place, bad, "critical")
         return [self._first]
 
     def rewind(self, step: int) -> None:
@@ -81,10 +81,13 @@ class NonFinite(Detector):
             self._scaled = None
         self._overflows = [one for one in self._overflows if one < step]
 
-    def _place(self, bad: dict[str, list[str | None]]) -> str | None:
+    def _place(self, bad: dict[str, list[str | None]], measured: list[str]) -> str | None:
+        """The site to name; None where everything is broken after an update, so that no site tells anything."""
+        if self._first is not None and len(measured) > 1 and in_forward_order(measured, self.order)[0] in bad["activations"]:
+            return None
         for kind in ("activations", "gradients", "weights"):
             sites = in_forward_order([site for site in bad[kind] if site is not None], self.order)
-            if sites:
+            if sites and (kind == "activations" or self._first is None):
                 return sites[-1] if kind == "gradients" else sites[0]
         return None
 

@@ -10,61 +10,60 @@ import numpy as np
 
 from actome.core.errors import MeasureError
 from actome.dynamics.early_warning import EarlyWarning
-from actome.dynamics.series import lag1
 
 from .base import Alarm, Detector, Reading
 from .spikes import total
 
 _SLOW = 1.1  # the share of alpha that look k may spend falls as k^-1.1
-_JUMP = 10.0  # standard deviations by which the mean of a block may move before it counts as a jump
+_BANDWIDTH = 0.1  # of a window: the Gaussian kernel that the trend is taken off with
+_LEVEL = 0.05  # of the test of the variance
+_JUMP = 10.0  # robust standard deviations of its steps by which a loss may move before it counts as a jump
 
 
 class CriticalSlowing(Detector):
-    """Variance and lag-1 autocorrelation of the loss rise together, block after block.
+    """Autocorrelation and variance of the loss rise within a window, against AR(1) noise, at any of several windows.
 
-    The losses of each step are cut into blocks, one after the other and without overlap; a parabola is taken off each.
-    Of the last `count` blocks the ranks of variance and autocorrelation are added, and Kendall's tau of the sum with
-    time is tested one-sided. Under any stationary noise whose memory is short next to a block, blocks are exchangeable,
-    and the null distribution of tau is exact, whatever the shape and autocorrelation of the noise. There is one look
-    a block, and look k may spend alpha / (zeta(1.1) k^1.1): the shares of all looks add up to alpha, so that a run of
-    any length raises a false alarm with probability alpha at most. What passes is tested once more, with the overlapping
-    windows of `EarlyWarning` against AR(1) surrogates at the 10 % level, which also covers noise with a long memory.
+    At each look the trend is taken off the last W losses (Gaussian kernel, bandwidth W / 10), and what is left is fitted
+    by x_t = (a + b u_t) x_{t-1} + e_t with u from -1 to 1 over the window. Without slowing down b / (its error) is
+    about standard normal. Where it stands out, the same is computed for AR(1) surrogates of the same autocorrelation,
+    detrended alike, and p is that of the distance from their mean in their standard deviations. The variance has to rise
+    as well: `EarlyWarning`, with its overlapping windows, against surrogates at the 5 % level.
 
-    A jump (a mean that moves by 10 standard deviations from one block to the next, a loss that is not finite, a change
-    of cadence) begins a new stretch: a window that reaches over a jump finds what it looks for.
+    Repeated looks are paid for: there is a look at a window each W / 4 steps, and look k at one of m windows may spend
+    alpha / (m zeta(1.1) k^1.1). All shares together add up to alpha, so that by Boole's inequality a run of any length
+    raises a false alarm with probability alpha at most, however much its windows overlap, as far as its noise is
+    AR(1).
 
-    An alarm says that the loss reacts to its own noise like a system near a tipping point. Jumps without slowing down,
-    from a bad batch say, are not announced, and slowing down may come to nothing.
+    A jump of the loss, a loss that is not finite or a change of cadence begins a new stretch: a window that reaches over
+    a jump finds what it looks for. An alarm says that the loss reacts to its own noise like a system near a tipping
+    point. Jumps without slowing down, from a bad batch say, are not announced, and slowing down may come to nothing.
 
     Args:
-        block: losses in a block.
-        count: blocks in a look.
-        alpha: chance that a run without slowing down ever raises it.
+        windows: losses in a window, each a multiple of 4.
+        alpha: chance that a run of stationary noise ever raises it.
         surrogates: of the second test.
         seed: of the surrogates.
 
-    Delay: at least `block` times `count` steps of history.
+    Delay: it takes a window of history, and comes at the next look once the autocorrelation has risen enough.
 
-    Source: Early warning signals: The charted and uncharted territories; Dakos et al. 2012 (indicators); Kendall 1938
-    (exact null).
+    Source: Early warning signals: The charted and uncharted territories; Dakos et al. 2012 (indicators, surrogates).
     """
 
     name: ClassVar[str] = "critical_slowing"
     needs: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __init__(
-        self, block: int = 24, count: int = 16, alpha: float = 0.01, surrogates: int = 199, seed: int = 0
+        self, windows: Sequence[int] = (256, 512, 1024), alpha: float = 0.01, surrogates: int = 199, seed: int = 0
     ):
-        if block < 12 or count < 8 or not 0 < alpha < 1 or surrogates < 19:
-            raise MeasureError(
-                f"block={block}, count={count}, alpha={alpha}, surrogates={surrogates}: want 12, 8 and 19 or more, and "
-                "alpha between 0 and 1"
-            )
-        self.block, self.count, self.alpha, self.surrogates, self.seed = block, count, alpha, surrogates, seed
-        self.looks: list[int] = []  # the steps at which the last looks were taken
-        self.looks_before = 0
+        if not windows or min(windows) < 64 or any(one % 4 for one in windows):
+            raise MeasureError(f"windows={tuple(windows)}: want multiples of 4, 64 or more")
+        if not 0 < alpha < 1 or surrogates < 19:
+            raise MeasureError(f"alpha={alpha}, surrogates={surrogates}: want alpha between 0 and 1, and 19 or more")
+        self.windows, self.alpha, self.surrogates, self.seed = tuple(windows), alpha, surrogates, seed
+        self._looks = {window: 0 for window in windows}
         self._steps: list[int] = []
         self._values: list[float] = []
+        self._seen = 0  # losses of this stretch
 
     def update(self, step: int, readings: Sequence[Reading]) -> list[Alarm] | None:
         value = total(readings, "loss")
@@ -72,67 +71,71 @@ class CriticalSlowing(Detector):
             if any(one.measure == "loss" and one.site is None for one in readings):
                 self._restart()
             return None
-        steps = self._steps
+        steps, values = self._steps, self._values
         if steps and step == steps[-1]:
-            self._values[-1] = value
             return None
         if len(steps) > 1 and step - steps[-1] != steps[-1] - steps[-2]:
             self._restart()
         steps.append(step)
-        self._values.append(value)
-        if len(steps) % self.block:
-            return None
-        if len(steps) >= 2 * self.block and self._jumped():
-            del steps[: -self.block], self._values[: -self.block]
-            return None
-        if len(steps) < self.block * self.count:
-            return None
-        found = self._look(step)
-        del steps[: self.block], self._values[: self.block]
-        return found
+        values.append(value)
+        self._seen += 1
+        longest = max(self.windows)
+        if len(steps) >= 2 * longest:
+            del steps[:-longest], values[:-longest]
+        found, judged = [], False
+        for window in self.windows:
+            if self._seen < window or self._seen % (window // 4):
+                continue
+            self._looks[window] += 1
+            judged = True
+            found += self._look(window)
+        return found[:1] if judged else None
 
     def rewind(self, step: int) -> None:
+        # Looks that were taken stay paid for.
         keep = sum(one < step for one in self._steps)
+        self._seen -= len(self._steps) - keep
         del self._steps[keep:], self._values[keep:]
-        self.looks = [one for one in self.looks if one < step]
 
     def _restart(self) -> None:
         self._steps.clear()
         self._values.clear()
+        self._seen = 0
 
-    def _jumped(self) -> bool:
-        before, last = np.array(self._values[-2 * self.block :]).reshape(2, -1)
-        return abs(last.mean() - before.mean()) > _JUMP * max(_rest(before).std(), _rest(last).std())
-
-    def _look(self, step: int) -> list[Alarm]:
-        self.looks = [*self.looks, step]
-        if len(self.looks) > 1000:
-            self.looks_before += 1
-            del self.looks[0]
-        look = self.looks_before + len(self.looks)
-        rest = np.array([_rest(one) for one in np.array(self._values).reshape(self.count, self.block)])
-        variance, ar1 = rest.var(1), np.array([lag1(one) for one in rest])
-        if not (variance > 0).all():
+    def _look(self, window: int) -> list[Alarm]:
+        values = np.array(self._values[-window:])
+        if _jumped(values):
             return []
-        p, taus = joint_trend(variance, ar1)
-        spent = share_of_look(self.alpha, look)
-        if p > spent or min(taus) <= 0:
+        rest = _detrended(values[None])
+        score = float(slowing(rest)[0])
+        look = self._looks[window]
+        allowed = share_of_look(self.alpha / len(self.windows), look)
+        if _upper_tail(score) > allowed:
             return []
-        again = EarlyWarning(surrogates=self.surrogates, seed=self.seed, alpha=0.1).fit(self._values)
-        if not again.alarm:
+        tool = EarlyWarning(bandwidth=_BANDWIDTH, surrogates=self.surrogates, seed=self.seed)
+        drawn = tool.null_traces(rest[0], _autocorrelation(rest[0]), np.random.default_rng(self.seed))
+        null = slowing(_detrended(drawn))
+        p = _upper_tail((score - float(null.mean())) / float(null.std(ddof=1)))
+        if p > allowed:
             return []
+        again = tool.fit(values)
+        if again.p["variance"] > _LEVEL:
+            return []
+        quarter = window // 4
+        first, last = rest[0, :quarter], rest[0, -quarter:]
+        since = self._steps[-window]
         evidence: dict[str, Any] = {
-            "p": p, "allowed": spent, "looks": look, "tau_variance": taus[0], "tau_ar1": taus[1],
-            "variance_times": float(np.median(variance[-3:]) / np.median(variance[:3])),
-            "ar1_first": float(np.median(ar1[:3])), "ar1_last": float(np.median(ar1[-3:])),
-            "surrogate_p": {name: again.p[name] for name in ("variance", "ar1")},
+            "p": p, "allowed": allowed, "look": look, "window": window, "score": score,
+            "ar1_first": _autocorrelation(first), "ar1_last": _autocorrelation(last),
+            "variance_times": float(last.var() / max(first.var(), 1e-300)),
+            "variance_tau": again.tau["variance"], "variance_p": again.p["variance"], "ar1_p": again.p["ar1"],
         }  # fmt: skip
         return [
             Alarm(
-                self._steps[0], self.name,
-                f"the loss forgets its noise ever more slowly since step {self._steps[0]}: autocorrelation from "
+                since, self.name,
+                f"the loss forgets its noise ever more slowly since step {since}: autocorrelation from "
                 f"{evidence['ar1_first']:.2f} to {evidence['ar1_last']:.2f}, variance {evidence['variance_times']:.2g} "
-                f"times (p = {p:.1g}, {spent:.1g} allowed at look {look})",
+                f"times (p = {p:.1g}; {allowed:.1g} allowed at look {look})",
                 level="warning",
                 advice="a jump may be ahead, for better or worse: save a checkpoint and sample more often; if the "
                 "gradient grows as well, lower the learning rate",
@@ -141,23 +144,30 @@ class CriticalSlowing(Detector):
         ]  # fmt: skip
 
 
-def joint_trend(variance: np.ndarray, ar1: np.ndarray) -> tuple[float, tuple[float, float]]:
-    """One-sided exact p that the added ranks of two indicators rise, and the tau of each.
+def slowing(rest: np.ndarray) -> np.ndarray:
+    """How surely autocorrelation rises along detrended traces: b over its error, (traces, points) -> (traces).
 
-    Ties of the sum are broken by the rank of the variance, which keeps the blocks exchangeable and the null exact.
+    Least squares of x_t = (a + b u_t) x_{t-1} + e_t, u from -1 to 1, with errors that allow for a variance that changes
+    (White 1980).
 
-    >>> p, taus = joint_trend(np.arange(8.0), np.arange(8.0))
-    >>> round(p * math.factorial(8)), [round(tau, 6) for tau in taus]     # the one order of all that rises throughout
-    (1, [1.0, 1.0])
+    >>> rho = np.linspace(0.0, 0.9, 400)
+    >>> drive, x = np.random.default_rng(0).standard_normal(400), np.zeros(400)
+    >>> for t in range(1, 400):
+    ...     x[t] = rho[t] * x[t - 1] + drive[t]
+    >>> bool(slowing(x[None])[0] > 4)
+    True
     """
-    from scipy.stats import kendalltau, rankdata
-
-    n = len(variance)
-    first, second = rankdata(variance), rankdata(ar1)
-    score = first + second + first / (n + 1) / 2
-    time = np.arange(n)
-    p = float(kendalltau(time, score, method="exact", alternative="greater").pvalue)
-    return p, (float(kendalltau(time, first).statistic), float(kendalltau(time, second).statistic))
+    before, now = rest[:, :-1], rest[:, 1:]
+    u = np.linspace(-1, 1, before.shape[1])
+    design = np.stack([before, u * before], 2)
+    gram = np.einsum("bnk,bnl->bkl", design, design)
+    gram = gram + 1e-12 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(2) + 1e-300 * np.eye(2)
+    inverse = np.linalg.inv(gram)
+    theta = np.einsum("bkl,bnl,bn->bk", inverse, design, now)
+    error = now - np.einsum("bnk,bk->bn", design, theta)
+    middle = np.einsum("bnk,bn,bnl->bkl", design, error**2, design)
+    cov = inverse @ middle @ inverse
+    return theta[:, 1] / np.sqrt(np.maximum(cov[:, 1, 1], 1e-300))
 
 
 def share_of_look(alpha: float, look: int) -> float:
@@ -171,7 +181,23 @@ def share_of_look(alpha: float, look: int) -> float:
     return alpha / (float(zeta(_SLOW)) * look**_SLOW)
 
 
-def _rest(block: np.ndarray) -> np.ndarray:
-    """A block without its parabola."""
-    u = np.linspace(-1, 1, len(block))
-    return block - np.polynomial.polynomial.polyval(u, np.polynomial.polynomial.polyfit(u, block, 2))
+def _detrended(traces: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter1d
+
+    width = _BANDWIDTH * traces.shape[1]
+    weight = gaussian_filter1d(np.ones(traces.shape[1]), width, mode="constant")  # less at the ends
+    return traces - gaussian_filter1d(traces, width, axis=1, mode="constant") / weight
+
+
+def _autocorrelation(rest: np.ndarray) -> float:
+    centred = rest - rest.mean()
+    return float(centred[1:] @ centred[:-1] / max(float(centred @ centred), 1e-300))
+
+
+def _jumped(values: np.ndarray) -> bool:
+    moves = np.abs(np.diff(values))
+    return bool(moves.max() > _JUMP * max(float(np.median(moves)), 1e-12 * float(np.abs(values).max())) / 0.6745)
+
+
+def _upper_tail(z: float) -> float:
+    return 0.5 * math.erfc(z / math.sqrt(2)) if math.isfinite(z) else 1.0
