@@ -5,6 +5,6 @@
 - `table`     the table on the terminal and in the documentation   - `machine`   what it was measured on
 
 Suites, each with ``run(options) -> rows``: `forward`, `patterns`, `generation`, `panels`, `watching`, `fixed`,
-`imports`; and, only when they are named, `measures`, a breakdown of a panel, `similarity`, CKA beside published packages,
-and `store`.
+`imports`; and, only when they are named, `measures`, a breakdown of a panel, `similarity`, CKA beside published
+packages, and `store`.
 """

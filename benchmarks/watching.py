@@ -75,8 +75,8 @@ class Loop:
 
 def run(options: Options) -> Iterator[Row]:
     """A training of 10 M parameters (6 layers of width 320, batches of 4 x 128 tokens, AdamW), three times in one
-    process, five steps of each in turn: bare, watched, and watched for scalars only. Times are of the whole, from making
-    the watch to closing its run."""
+    process, five steps of each in turn: bare, watched, and watched for scalars only. Times are of the whole, from
+    making the watch to closing its run."""
     steps = 20 if options.quick else 350
     with threads(options.threads), tempfile.TemporaryDirectory() as folder:
         _warm(folder)

@@ -47,7 +47,7 @@ class Agenda:
         """Begins at a step, after so many seconds of preparation."""
         self._ranks, self._has_looks = ranks, looks
         for cadence in (self._looks, self._norms):
-            cadence.rewind(at)
+            cadence.begin(at)
         (self._looks if looks else self._norms).spend(seconds)
         self.spent += seconds
         self._flush_at, self._flushed = at + 4, time.perf_counter()

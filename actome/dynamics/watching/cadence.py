@@ -19,13 +19,19 @@ class Cadence:
     at the step by which enough will have been earned: a number of steps, which processes that work together can agree
     upon, where a time could not be.
 
-    Where the length of the run is known, half of all that will be earned is lent to looks at the steps 1, 2, 4, 8, ...
-    and the other half is earned by the step: a network changes most at the beginning.
+    Where the length of the run is known, half of all that will be earned is lent to looks that follow one another at
+    equal ratios of steps, since a network changes most at the beginning; once these are as far apart as the others,
+    what is left of it is spread over the rest.
 
     Args:
-        share: of the time, above 0; `math.inf` for no limit.
+        share: of the time, above 0.
         every: look at each so-manieth step instead, whatever it takes.
         steps: how long the run will be, if that is known.
+
+    Attributes:
+        next: the step of the next look; None while it is not known what a step takes.
+        cost: seconds that a look takes, by the last ones.
+        looks: how many there were.
 
     >>> cadence = Cadence(share=0.01)
     >>> cadence.look(at=0, seconds=0.2, step_seconds=0.1)      # 0.2 s are owed and another 0.2 s to be earned
@@ -35,13 +41,33 @@ class Cadence:
 
     def __init__(self, share: float, every: int | None = None, steps: int | None = None):
         self.share, self.every, self.steps = share, every, steps
-        self.balance = 0.0
-        self.lent = 0.0
+        self.next: int | None = None
         self.cost: float | None = None
         self.looks = 0
-        self.next: int | None = 0
+        self._balance = 0.0
         self._since = 0
-        self._known = False
+        self._lent: float | None = None
+        self._ratio, self._bonus = math.inf, 0.0
+
+    def begin(self, at: int) -> None:
+        """Begins at a step."""
+        self._since = at
+        self.next = None if self.every is None else at
+
+    def look(self, at: int, seconds: float, step_seconds: float | None) -> None:
+        """Takes in that a look at a step took so long, and puts the next."""
+        self.looks += 1
+        # The first is not like the others: it imports and allocates.
+        self.cost = seconds if self.cost is None or self.looks <= 2 else 0.5 * (self.cost + seconds)
+        self.spend(seconds)
+        self.plan(at, step_seconds)
+
+    def spend(self, seconds: float) -> None:
+        """Takes in what was spent; what has not been earned is taken from what was lent, if anything was."""
+        owed = max(seconds - max(self._balance, 0.0), 0.0)
+        lent = min(self._lent or 0.0, owed)
+        self._lent = None if self._lent is None else self._lent - lent
+        self._balance -= seconds - lent
 
     def plan(self, at: int, step_seconds: float | None) -> None:
         """Puts the next look; called after a look, and again when the time of a step has become known."""
@@ -49,46 +75,29 @@ class Cadence:
             self.next = (at // self.every + 1) * self.every
             return
         if step_seconds is None or self.cost is None:
-            self.next = None  # nothing is known yet of what may be spent
+            self._since, self.next = at, None
             return
         rate = self.share * step_seconds
-        if not self._known and self.steps is not None:
-            self._known, self.lent = True, 0.5 * rate * max(self.steps - at, 0)
         if self.steps is not None:
-            rate /= 2
-        self._earn(at, rate)
-        steps = max(1, math.ceil((self.cost - self.balance) / rate)) if rate < math.inf else 1
-        early = _next_power(at) - at
-        if self.lent >= self.cost and early < steps:
+            rate = 0.5 * rate + self._bonus
+            if self._lent is None:
+                self._lend(at, rate)
+        self._balance = min(self._balance + rate * (at - self._since), max(_SAVED * self.cost, self._balance))
+        self._since = at
+        steps = max(1, math.ceil((self.cost - self._balance) / rate))
+        early = max(1, math.ceil((self._ratio - 1) * at)) if self._lent and self._ratio < math.inf else steps
+        if early < steps and self._lent is not None and self._lent >= self.cost:
             steps = early
+        elif self._lent and self.steps is not None:
+            self._bonus, self._lent = self._bonus + self._lent / max(self.steps - at, 1), 0.0
         self.next = at + steps
 
-    def look(self, at: int, seconds: float, step_seconds: float | None) -> None:
-        """Takes in that a look at a step took so long, and puts the next."""
-        if step_seconds is not None and self.every is None:
-            self._earn(at, self.share * step_seconds / (2 if self.steps is not None else 1))
-        self._since = at
-        self.looks += 1
-        self.cost = seconds if self.cost is None or self.looks <= 2 else 0.5 * (self.cost + seconds)
-        self.spend(seconds)
-        self.plan(at, step_seconds)
-
-    def spend(self, seconds: float) -> None:
-        """Takes in what else was spent, such as on making the watch."""
-        early = min(self.lent, max(seconds - max(self.balance, 0.0), 0.0)) if self._known else 0.0
-        self.lent -= early
-        self.balance -= seconds - early
-
-    def rewind(self, at: int) -> None:
-        """Goes on from an earlier or later step, to which the loop's own count has jumped."""
-        self._since = at
-        self.next = None if self.every is None else at
-
-    def _earn(self, at: int, rate: float) -> None:
-        cap = math.inf if self.cost is None else _SAVED * self.cost
-        if rate < math.inf:
-            self.balance = min(self.balance + rate * max(at - self._since, 0), max(cap, self.balance))
-        self._since = at
+    def _lend(self, at: int, rate: float) -> None:
+        assert self.steps is not None
+        assert self.cost is not None
+        self._lent = rate * max(self.steps - at, 0)
+        looks = self._lent / self.cost
+        self._ratio = max(self.steps, 2) ** (1 / looks) if looks >= 1 else math.inf
 
 
 class StepClock:
@@ -127,8 +136,3 @@ class StepClock:
     def usual(self) -> float | None:
         """The median of the last steps' seconds; None before three of them are known."""
         return median(self._recent) if len(self._recent) >= 3 else None
-
-
-def _next_power(at: int) -> int:
-    """The smallest power of two above a step."""
-    return 1 << max(at, 0).bit_length() if at > 0 else 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actome.core.errors import MeasureError, SiteError, nearest
 from actome.core.model import Model
+from actome.core.sites import Site
 from actome.core.stream import Plan
 from actome.core.table import MeasureTable
 from actome.measures.induction import InductionScore
@@ -28,8 +29,7 @@ from .untouched import untouched
 _INDUCTION = {"blocks.*.attn.pattern": InductionScore()}
 # So many looks in a row may fail before no more are taken.
 _FAILURES = 3
-# Of values by unit, expert or position, these have rows.
-_ROWS = {(): None, ("head",): "head", ("expert",): "expert"}
+_NONE = object()
 
 
 class Looker:
@@ -151,6 +151,16 @@ def origin(model: Model, batches: Iterable[Any], autocast: torch.dtype | None, w
     return None
 
 
+def _place(dims: tuple[str, ...], site: Site) -> Any:
+    """What tells the values of one site apart: nothing, its heads or its experts; `_NONE` for those without rows."""
+    if dims == ():
+        return None
+    if dims in (("head",), ("expert",)):
+        return dims[0]
+    # The units of a router are its experts.
+    return "expert" if dims == ("unit",) and site.dims[2:] == ("expert",) else _NONE
+
+
 def _lost(reading: Reading) -> bool:
     return reading.measure == "non_finite" and reading.value > 0
 
@@ -168,12 +178,12 @@ def readings(table: MeasureTable) -> list[Reading]:
     found = []
     for result in table:
         for name, dims in result.measure.value_dims.items():
-            if name not in result.values or dims not in _ROWS:
+            place = _place(dims, result.sites[0])
+            if name not in result.values or place is _NONE:
                 continue
-            place = _ROWS[dims]
             values = result.per_site(name).double()
             for site, value in zip(result.sites, values, strict=True):
-                if place is None:
+                if not isinstance(place, str):
                     found.append(Reading(name, float(value), site.name, site.layer))
                     continue
                 for i, one in enumerate(value.tolist()):

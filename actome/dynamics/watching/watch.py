@@ -73,7 +73,7 @@ class Watch:
         optimizer: the one or those that train it; found at its first step when not given.
         every: ``"auto"`` keeps within `budget`; a number looks at each so-manieth step whatever it costs.
         budget: the share of the training's time that watching may add. A third of it is for scalars, norms and writing.
-        steps: how long the run will be, if known: half of the budget then goes to looks at the steps 1, 2, 4, 8, ...
+        steps: how long the run will be, if known: half of the budget then goes to early looks, at equal ratios of steps
         alarms: True for the detectors of `actome.dynamics.alarms`, False for none; detectors, or an `Alarms`.
         actions: what to do about alarms, by name, level or ``"*"``; see `actome.dynamics.alarms`.
         config: of the run, kept with it.
