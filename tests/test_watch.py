@@ -283,6 +283,16 @@ def test_a_probe_of_text_needs_a_whole_row(tmp_path):
         assert events(watch, "begin")[0]["probe"] == {"batches": 1, "rows": 2, "losses": []}
 
 
+def test_a_first_look_that_cannot_work_is_raised_and_leaves_nothing_behind(tmp_path):
+    module = subject()
+    with pytest.raises(IndexError):
+        ac.watch(module, text=PROBE + 1000, run=tmp_path / "a").begin()
+    assert RunStore.open(tmp_path / "a").status == "failed"
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    assert not _global_optimizer_pre_hooks
+
+
 def test_step_says_what_is_wrong(tmp_path):
     module = subject()
     watch = ac.watch(module, panel=None, run=tmp_path / "a")

@@ -42,6 +42,7 @@ class Agenda:
         self._looks = Cadence(budget * (1 - _SHARE), every, steps)
         self._norms = Cadence(budget * _SHARE, every)
         self._told: float | None = None
+        self._charged = 0.0  # seconds of this step that some look, norms or writing has answered for
 
     def begin(self, at: int, ranks: Ranks, looks: bool, seconds: float) -> None:
         """Begins at a step, after so many seconds of preparation."""
@@ -77,7 +78,11 @@ class Agenda:
     def spend(self, begin: float, hooked: float) -> None:
         """Counts what a step of the watch took, and begins to time the next step of the training."""
         end = time.perf_counter()
-        self.spent += end - begin + hooked
+        took = end - begin + hooked
+        self.spent += took
+        # What no look, norms or writing has answered for is what every step costs.
+        self._norms.spend(max(took - self._charged, 0.0))
+        self._charged = 0.0
         self.clock.start(end)
 
     @contextmanager
@@ -85,7 +90,9 @@ class Agenda:
         """Around the norms of a step."""
         begin = time.perf_counter()
         yield
-        self._norms.look(at, time.perf_counter() - begin + hooks.spent, self.clock.usual)
+        took = time.perf_counter() - begin + hooks.spent
+        self._charged += took
+        self._norms.look(at, took, self.clock.usual)
 
     @contextmanager
     def look(self, at: int, device: torch.device) -> Iterator[None]:
@@ -94,7 +101,9 @@ class Agenda:
             torch.accelerator.synchronize()
         begin = time.perf_counter()
         yield
-        self._looks.look(at, time.perf_counter() - begin, self.clock.usual)
+        took = time.perf_counter() - begin
+        self._charged += took
+        self._looks.look(at, took, self.clock.usual)
 
     @property
     def overhead(self) -> float:
@@ -105,6 +114,7 @@ class Agenda:
 
     def plan(self, at: int, seconds: float, log: Logbook) -> None:
         """Puts what is due next, after a fetching that took so many seconds."""
+        self._charged += seconds
         self._norms.spend(seconds)
         usual = self.clock.usual
         for cadence in (self._looks, self._norms):

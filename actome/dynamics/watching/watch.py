@@ -191,8 +191,13 @@ class Watch:
         self._agenda.begin(self.at, self._ranks, self._looker is not None, time.perf_counter() - begin)
         looked = time.perf_counter()
         self._pending.append(Step(self.at))
-        self._take(look=self._looker is not None)
-        self._flush()
+        try:
+            self._take(look=self._looker is not None)
+            self._flush()
+        except BaseException as error:
+            self._pending.clear()
+            self.close(type(error), error)
+            raise
         self._agenda.spend(looked, 0.0)
         return self
 
