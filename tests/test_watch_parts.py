@@ -31,12 +31,12 @@ def simulated(cadence: Cadence, steps: int, seconds, cost, setup: float = 0.0) -
     for at in range(1, steps + 1):
         total += seconds(at)
         usual = seconds(at) if at >= 4 else None
-        if cadence.next is None:
-            cadence.plan(at, usual)
-        elif at >= cadence.next:
+        if cadence.next is not None and at >= cadence.next:
             looked.append(at)
             spent += cost(at)
             cadence.look(at, cost(at), usual)
+        elif cadence.next is None or at % 50 == 0:
+            cadence.plan(at, usual)
     return looked, spent, total
 
 

@@ -118,8 +118,7 @@ class Agenda:
         self._norms.spend(seconds)
         usual = self.clock.usual
         for cadence in (self._looks, self._norms):
-            if cadence.next is None or cadence.next <= at:
-                cadence.plan(at, usual)
+            cadence.plan(at, usual)
         self._flushed = time.perf_counter()
         steps = 1 if usual is None else int(_SECONDS / max(usual, 1e-9))
         self._flush_at = at + (4 if usual is None else min(max(steps, 1), _STEPS))

@@ -45,13 +45,13 @@ class Cadence:
         self.cost: float | None = None
         self.looks = 0
         self._balance = 0.0
-        self._since = 0
+        self._since = self._last = 0
         self._lent: float | None = None
         self._ratio, self._bonus = math.inf, 0.0
 
     def begin(self, at: int) -> None:
         """Begins at a step."""
-        self._since = at
+        self._since = self._last = at
         self.next = None if self.every is None else at
 
     def look(self, at: int, seconds: float, step_seconds: float | None) -> None:
@@ -60,6 +60,7 @@ class Cadence:
         # The first is not like the others: it imports and allocates.
         self.cost = seconds if self.cost is None or self.looks <= 2 else 0.5 * (self.cost + seconds)
         self.spend(seconds)
+        self._last = at
         self.plan(at, step_seconds)
 
     def spend(self, seconds: float) -> None:
@@ -70,7 +71,7 @@ class Cadence:
         self._balance -= seconds - lent
 
     def plan(self, at: int, step_seconds: float | None) -> None:
-        """Puts the next look; called after a look, and again when the time of a step has become known."""
+        """Puts the next look; called after a look, and again whenever the time of a step may have changed."""
         if self.every is not None:
             self.next = (at // self.every + 1) * self.every
             return
@@ -84,13 +85,19 @@ class Cadence:
                 self._lend(at, rate)
         self._balance = min(self._balance + rate * (at - self._since), max(_SAVED * self.cost, self._balance))
         self._since = at
-        steps = max(1, math.ceil((self.cost - self._balance) / rate))
-        early = max(1, math.ceil((self._ratio - 1) * at)) if self._lent and self._ratio < math.inf else steps
-        if early < steps and self._lent is not None and self._lent >= self.cost:
-            steps = early
-        elif self._lent and self.steps is not None:
+        due = at + max(1, math.ceil((self.cost - self._balance) / rate))
+        early = self._early(at)
+        if early is not None and early < due:
+            due = early
+        elif self._lent and self._last == at and self.steps is not None:
             self._bonus, self._lent = self._bonus + self._lent / max(self.steps - at, 1), 0.0
-        self.next = at + steps
+        self.next = due
+
+    def _early(self, at: int) -> int | None:
+        """The step of the next early look, as long as what was lent can pay for it."""
+        if not self._lent or self.cost is None or self._lent < self.cost or self._ratio == math.inf:
+            return None
+        return max(at + 1, math.ceil(self._ratio * self._last))
 
     def _lend(self, at: int, rate: float) -> None:
         assert self.steps is not None

@@ -106,6 +106,8 @@ def by_component(measure: str, norms: Mapping[str, float], component: Mapping[st
     >>> by_component("grad_norm", {"a": 3.0, "b": 4.0}, {"a": "embed", "b": "embed"})[0].value
     5.0
     """
+    if not norms:
+        return []
     squares: dict[str, float] = {}
     for name, norm in norms.items():
         where = component.get(name, name)

@@ -27,8 +27,9 @@ def untouched(module: nn.Module) -> Iterator[None]:
     >>> int(net[0].num_batches_tracked), net.training
     (0, True)
     """
-    cuda = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-    state, more = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in cuda]
+    devices = {p.device for p in module.parameters() if p.device.type not in ("cpu", "meta")}
+    generators = [(torch.get_device_module(d), () if d.type == "mps" else (d,)) for d in devices]
+    state, more = torch.get_rng_state(), [one.get_rng_state(*where) for one, where in generators]
     python, numpy = random.getstate(), sys.modules.get("numpy")
     numpys = None if numpy is None else numpy.random.get_state()
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
@@ -38,8 +39,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.set_rng_state(state)
-        for index, one in zip(cuda, more, strict=True):
-            torch.cuda.set_rng_state(one, index)
+        for (one, where), before in zip(generators, more, strict=True):
+            one.set_rng_state(before, *where)
         random.setstate(python)
         if numpys is not None:
             numpy.random.set_state(numpys)

@@ -15,12 +15,13 @@ from actome.core.load import wrap
 from actome.core.model import Model
 
 from ..alarms.base import Alarm, Reading
+from ..rows import number
 from ..writer import RunWriter
 from .agenda import Agenda
 from .alerts import Alerts
 from .logbook import Logbook
 from .looks import Looker
-from .opening import first_weights, open_run
+from .opening import Opening, first_weights, keep_weights
 from .optimizers import OptimizerWatch, unwrapped
 from .probe import TOKENS, check_share, probe_batches
 from .ranks import Ranks
@@ -141,11 +142,7 @@ class Watch:
             self.model = wrap(self.model.module, tokenizer, name=self.model.name, example=self.model.example)
         self._panel, self._text, self._losses = panel, text, dict(losses or {})
         self._reading = {"context": context, "tokens": tokens}
-        self._to, self._start, self._opening = (
-            run,
-            start,
-            {"config": config, "resume": resume, "store": dict(store or {})},
-        )
+        self._opening = Opening(run, config, resume, start, dict(store or {}))
         self._given = _listed(optimizer)
         self._autocast, self._scaler = autocast, scaler
         self._alerts = Alerts(alarms, actions)
@@ -173,16 +170,18 @@ class Watch:
         self._scale = 0.0 if self._scaler is None else self._scaler.get_scale()
         with untouched(self.module):
             self._looker = self._look_at()
-            self._log = Logbook(self._ranks.first_does(lambda: open_run(self._to, **self._opening)))
+            self._log = Logbook(self._ranks.first_does(self._opening.open))
             self.run = self._log.run
             try:
-                self.at = self._ranks.tell(0 if self.run is None else self._opening_step())
+                self.at = self._ranks.tell(0 if self.run is None else self._opening.step(self.run))
+                if self.run is not None and self._opening.resume is not False:
+                    self._alerts.resume(self.run)
                 self._trouble = Trouble(self.model, self._looker.batches if self._looker else [], self._autocast)
                 guard = self._before_broken_update if self._guarded else None
                 weights = None if self.run is None else first_weights(self.run)
                 self._hooks = OptimizerWatch(self.model, self._given, self._measure_next, guard, weights)
                 if self.run is not None and weights is None:
-                    self.run.log_tensor(self.at, "initial_weights", self._hooks.flat_reference())
+                    keep_weights(self.run, self.at, self._hooks.flat_reference())
             except BaseException as error:
                 self._log.close(type(error), error)
                 raise
@@ -198,6 +197,7 @@ class Watch:
             self._pending.clear()
             self.close(type(error), error)
             raise
+        self._log.commit()  # so that whoever follows the run sees it begin
         self._agenda.spend(looked, 0.0)
         return self
 
@@ -218,7 +218,7 @@ class Watch:
         finally:
             self._hooks.close()
             self._log.event("end", self.at, **self._agenda.costs())
-            if isinstance(self._to, RunWriter):
+            if self._opening.to is self.run:
                 self._log.commit()
             else:
                 self._log.close(kind, error)
@@ -232,18 +232,6 @@ class Watch:
         looker = Looker(self.model, self._panel, batches, self._ranks, self._autocast, others)
         self.skipped = list(looker.skipped)
         return looker
-
-    def _opening_step(self) -> int:
-        """The step that is gone on from."""
-        assert self.run is not None
-        resume = self._opening["resume"]
-        if resume is False:
-            return self._start
-        self._alerts.resume(self.run)
-        if resume is not True:
-            return int(resume)
-        last = self.run.runs["last_step"].iloc[-1]
-        return 0 if last is None or last != last else int(last)
 
     def _facts(self) -> dict[str, Any]:
         probe = self._looker.describe() if self._looker else None
@@ -274,7 +262,7 @@ class Watch:
     @property
     def path(self) -> Path:
         """The folder of the run."""
-        return self._to.path if isinstance(self._to, RunWriter) else Path(self._to).expanduser()
+        return self._opening.path
 
     @property
     def overhead(self) -> float:
@@ -292,7 +280,7 @@ class Watch:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Notes further numbers of this step, such as those of an evaluation."""
-        self._log.scalars(self.at, dict(values))
+        self._log.scalars(self.at, {name: number(name, value) for name, value in values.items()})
 
     def event(self, name: str, **data: Any) -> None:
         """Notes something that happened at this step, such as a checkpoint."""
