@@ -331,7 +331,7 @@ def test_an_exception_in_the_loop_ends_the_run_as_failed(tmp_path):
 
 def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
     module = subject()
-    with ac.watch(module, text=PROBE, run=tmp_path / "a", every=2) as watch:
+    with ac.watch(module, text=PROBE, run=tmp_path / "a", every=2, store={"every_rows": 1}) as watch:
         trained(module, 2, watch)
         write = type(watch.run)._write
         monkeypatch.setattr(type(watch.run), "_write", _full)
@@ -348,7 +348,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
 
 def test_a_disk_that_stays_full_is_told_and_not_raised(tmp_path, monkeypatch):
     module = subject()
-    watch = ac.watch(module, panel=None, run=tmp_path / "a").begin()
+    watch = ac.watch(module, panel=None, run=tmp_path / "a", store={"every_rows": 1}).begin()
     monkeypatch.setattr(type(watch.run), "_write", _full)
     trained(module, 2, watch)
     with pytest.warns(RuntimeWarning, match="training goes on"):
@@ -368,8 +368,10 @@ def test_a_look_that_fails_is_told_and_training_goes_on(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
 
         monkeypatch.setattr(watch.model, "measure", broken)
-        with pytest.warns(RuntimeWarning, match="no more are taken"):
+        with pytest.warns(RuntimeWarning, match="look at step") as told:
             trained(module, 5, watch)
+    assert len(told) == 3
+    assert "no more are taken" in str(told[-1].message)
     assert len(events(watch, "look_failed")) == 3
     assert len(opened(watch).scalars("loss")) == 5
 
