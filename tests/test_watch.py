@@ -376,6 +376,22 @@ def test_a_look_that_fails_is_told_and_training_goes_on(tmp_path, monkeypatch):
     assert len(opened(watch).scalars("loss")) == 5
 
 
+def test_a_writer_that_is_open_is_written_to_and_left_open(tmp_path):
+    module = subject()
+    with RunStore.create(tmp_path / "a") as run:
+        with ac.watch(module, panel=None, run=run) as watch:
+            trained(module, 2, watch)
+            watch.log({"accuracy": 0.5})
+            with pytest.raises(RunError, match="'accuracy' is 'high'"):
+                watch.log({"accuracy": "high"})
+            watch.event("note", about="this")
+        run.log(9, {"later": 1.0})
+    found = RunStore.open(tmp_path / "a")
+    assert found.scalars("accuracy").to_dict() == {2: 0.5}
+    assert found.scalars("later").tolist() == [1.0]
+    assert events(tmp_path / "a", "note") == [{"about": "this"}]
+
+
 def test_losses_of_further_texts_are_rows(tmp_path):
     module = subject()
     with ac.watch(
@@ -401,6 +417,36 @@ def test_values_that_are_not_finite_are_traced_to_their_site_before_the_update(t
     assert lost[lost["value"] > 0].iloc[0][["step", "site"]].tolist() == [3, "blocks.1.mlp.out"]
     alarm = opened(watch).alarms.iloc[0]
     assert (alarm["step"], alarm["name"], alarm["site"]) == (3, "non_finite", "blocks.1.mlp.out")
+
+
+class _Overflows(torch.autograd.Function):
+    """Passes on what it is given, and an infinite gradient on the way back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+def test_a_gradient_that_is_not_finite_is_told_while_the_loss_still_is(tmp_path):
+    module = subject()
+    optimizer = torch.optim.AdamW(module.parameters())
+    with ac.watch(module, text=PROBE, run=tmp_path / "a", every=100, optimizer=optimizer) as watch:
+        trained(module, 2, watch, optimizer)
+        (site,) = watch.model.match("blocks.1.resid.pre")
+        with watch.model.tap([(site.address, _Overflows.apply, "write")]):
+            trained(module, 1, watch, optimizer)
+    run = opened(watch)
+    assert np.isfinite(run.scalars("loss")).all()
+    alarm = run.alarms.iloc[0]
+    assert (alarm["step"], alarm["name"]) == (3, "non_finite")
+    # What lies behind the place in the forward comes before it in the backward, and is whole.
+    norms = run.frame("grad_norm", since=3).dropna(subset="site").set_index("site")["value"]
+    assert np.isfinite(norms[["blocks.1.mlp", "final_norm"]]).all()
+    assert not np.isfinite(norms[["blocks.0.attn", "embed"]]).any()
 
 
 def test_a_batch_that_alone_is_to_blame_is_replayed_with_the_weights_before_the_update(tmp_path):

@@ -32,7 +32,7 @@ class OptimizerWatch:
 
     Attributes:
         stepped: whether an optimizer has stepped since `begin_step`.
-        lr: the learning rate of the last step, of the first group.
+        lr: the learning rate of the last step, of the first optimizer's first group.
         skips: for optimizers that decide on the device whether to step, what they found, by call; 0 is finite.
         spent: seconds that the hooks took since `begin_step`.
 
@@ -56,9 +56,8 @@ class OptimizerWatch:
         self._handles: list[Any] = []
         self._guarded: dict[int, list[nn.Parameter]] = {}
         self.wanted = False  # whether norms are to be taken at this step, whatever was planned
-        self.before_is_called = (
-            False  # whether the loop calls `before` itself, since it makes gradients within the step
-        )
+        # Whether the loop calls `before` itself, since it makes the gradients within the optimizer's step.
+        self.before_is_called = False
         self._chosen = Chosen({})
         self.first = self._reference(reference)
         self._entry: dict[str, Tensor] | None = None
@@ -146,7 +145,8 @@ class OptimizerWatch:
         found = getattr(optimizer, "found_inf", None)
         if found is not None:
             self.skips.append(found.detach().clone() if isinstance(found, Tensor) else float(found))
-        self.lr = optimizer.param_groups[0]["lr"]
+        if optimizer is self.optimizers[0]:
+            self.lr = optimizer.param_groups[0]["lr"]
         self.spent += time.perf_counter() - begin
 
     def _sound(self, optimizer: Optimizer) -> bool:
