@@ -91,12 +91,12 @@ def watched(
 ) -> Run:  # fmt: skip
     """Trains a small subject on text of fresh topics and asks the alarms at each step.
 
-    `plant` is called before each step. Each step: batch, loss, gradient, sample (of the weights before the update),
-    update.
+    `plant` is called before each step. Each step: batch, loss, gradient, sample (of the weights before the update; also
+    where the loss is not finite), update.
     """
     world = TopicBigram(vocab=32, seed=seed)
     module = Subject.fresh(SubjectConfig(**{**CONFIG, **(config or {})}), seed=seed)
-    model = ac.wrap(module) if not isinstance(module, Subject) else ac.Model(module)
+    model = ac.wrap(module)
     probe = world.sample(16, 32, seed=10_000 + seed).tokens
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.01)
     alarms, run = alarms or Alarms(), Run()
@@ -112,7 +112,7 @@ def watched(
         loss.backward()
         gradients = norms(module)
         found = [Reading("loss", float(loss.detach())), gradients[0]]
-        if step % every == 0:
+        if step % every == 0 or not loss.isfinite():
             found += gradients[1:] + panel(model, probe)
             for name, text in (("loss_seen", seen), ("loss_heldout", heldout)):
                 if text is not None:

@@ -6,10 +6,13 @@
 - `fit_law`, and `compare_laws`, `control`, `extrapolate`: laws of a curve, and what would refute them
 - `change_point`, `segments`, `turning_points`, `plateaus`, `first_passage`, `lead_time`, `delay`: dates of a curve
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
-- `EarlyWarning`: whether a jump was announced
+- `EarlyWarning`, `ou_lr_test`: whether a jump was announced
+- `forecast_crossing`: when a growing quantity crosses a critical value
+- `alarms`: what in a run a person should know now, and what is done about it
 """
 
 from .changepoints import ChangePoint, change_point
+from .crossing import Crossing, forecast_crossing
 from .curves import Trend, emergence_score, required_items, trend, wilson
 from .dates import Delay, Lead, Passage, delay, first_passage, lead_time
 from .early_warning import EarlyWarning, Warnings
@@ -18,6 +21,7 @@ from .law_families import LAWS, Law
 from .laws import LawFit, fit_law
 from .merge import merge
 from .mirage import MetricSwap, metric_swap
+from .ou_test import OUTest, ou_deviance, ou_lr_test
 from .recover import Recovered, recover
 from .segments import Segments, segments
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
@@ -32,6 +36,7 @@ __all__ = [
     "Bootstrap",
     "ChangePoint",
     "Control",
+    "Crossing",
     "Delay",
     "EarlyWarning",
     "EvalVariance",
@@ -42,6 +47,7 @@ __all__ = [
     "Lead",
     "MetricSwap",
     "News",
+    "OUTest",
     "Passage",
     "Plateau",
     "Recovered",
@@ -63,9 +69,12 @@ __all__ = [
     "extrapolate",
     "first_passage",
     "fit_law",
+    "forecast_crossing",
     "lead_time",
     "merge",
     "metric_swap",
+    "ou_deviance",
+    "ou_lr_test",
     "plateaus",
     "recover",
     "required_items",

@@ -1,4 +1,4 @@
-"""What a detector remembers: the last readings of one place, a sorted window with its spread, a best value so far.
+"""What a detector remembers: the last readings of one place, a sorted window, a best value so far.
 
 Each forgets what came at a step and later (`rewind`), for a run that goes back to a checkpoint.
 """
@@ -10,9 +10,6 @@ from bisect import bisect_left, insort
 from collections import deque
 
 import numpy as np
-
-# Interquartile range of a normal distribution, in standard deviations.
-_QUARTILES = 1.349
 
 
 class Track:
@@ -47,7 +44,7 @@ class Track:
 
 
 class Window:
-    """The last `size` readings, kept sorted as well, so that median and spread cost nothing to read.
+    """The last `size` readings, kept sorted as well, so that quantiles cost nothing to read.
 
     >>> window = Window(5)
     >>> for step, value in enumerate([9.0, 1.0, 2.0, 3.0, 4.0, 5.0]):
@@ -82,12 +79,6 @@ class Window:
     def quartile(self) -> float:
         """The lower one: three of four readings lie above it."""
         return self._sorted[len(self._sorted) // 4]
-
-    @property
-    def spread(self) -> float:
-        """The standard deviation that a normal distribution of this interquartile range has."""
-        n = len(self._sorted)
-        return (self._sorted[(3 * n) // 4] - self._sorted[n // 4]) / _QUARTILES
 
     def rewind(self, step: int) -> None:
         self.track.rewind(step)
