@@ -12,6 +12,9 @@ from collections import deque
 import numpy as np
 
 
+_KEPT = 4096
+
+
 class Track:
     """The last `size` readings of one place, with their steps."""
 
@@ -46,15 +49,21 @@ class Track:
 class Window:
     """The last `size` readings, kept sorted as well, so that quantiles cost nothing to read.
 
+    Older ones are kept by, so that a run may go back some thousand steps and find its window as it was.
+
     >>> window = Window(5)
     >>> for step, value in enumerate([9.0, 1.0, 2.0, 3.0, 4.0, 5.0]):
     ...     window.add(step, value)
     >>> window.median, len(window)                                  # the 9 has left
     (3.0, 5)
+    >>> window.rewind(5)
+    >>> window.median, len(window)
+    (3.0, 5)
     """
 
     def __init__(self, size: int):
-        self.track = Track(size)
+        self.size = size
+        self.track = Track(size + _KEPT)
         self._sorted: list[float] = []
 
     def __len__(self) -> int:
@@ -62,11 +71,15 @@ class Window:
 
     @property
     def full(self) -> bool:
-        return len(self._sorted) == self.track.values.maxlen
+        return len(self._sorted) == self.size
+
+    @property
+    def last(self) -> float:
+        return self.track.values[-1]
 
     def add(self, step: int, value: float) -> None:
         if self.full:
-            del self._sorted[bisect_left(self._sorted, self.track.values[0])]
+            del self._sorted[bisect_left(self._sorted, self.track.values[-self.size])]
         self.track.steps.append(step)
         self.track.values.append(value)
         insort(self._sorted, value)
@@ -82,10 +95,7 @@ class Window:
 
     def rewind(self, step: int) -> None:
         self.track.rewind(step)
-        self._sorted = sorted(self.track.values)
-
-    def clear(self) -> None:
-        self.rewind(-(2**62))
+        self._sorted = sorted(self.track.last(self.size))
 
 
 class Best:

@@ -50,7 +50,6 @@ class _Burst:
             return False
         self.above.add(step, value)
         if len(self.above) == _RECENT:  # no burst but a new level, from which the next one has to stand out
-            self.recent.clear()
             for one in zip(self.above.steps, self.above.values, strict=True):
                 self.recent.add(*one)
             self.above.rewind(-1)
@@ -58,7 +57,7 @@ class _Burst:
 
     def _take(self, step: int, value: float) -> None:
         if len(self.recent):
-            self.moves.add(step, abs(value - self.recent.track.values[-1]))
+            self.moves.add(step, abs(value - self.recent.last))
         self.recent.add(step, value)
 
     def rewind(self, step: int) -> None:
