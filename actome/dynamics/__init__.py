@@ -8,6 +8,7 @@
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
 - `EarlyWarning`, `ou_lr_test`: whether a jump was announced
 - `forecast_crossing`: when a growing quantity crosses a critical value
+- `lr_sensitivity`: how much a recipe depends on its learning rate
 - `alarms`: what in a run a person should know now, and what is done about it
 """
 
@@ -19,6 +20,7 @@ from .early_warning import EarlyWarning, Warnings
 from .law_checks import Bootstrap, Control, Extrapolation, LawComparison, compare_laws, control, extrapolate
 from .law_families import LAWS, Law
 from .laws import LawFit, fit_law
+from .lr_sensitivity import LRSensitivity, lr_sensitivity
 from .merge import merge
 from .mirage import MetricSwap, metric_swap
 from .ou_test import OUTest, ou_deviance, ou_lr_test
@@ -41,6 +43,7 @@ __all__ = [
     "EarlyWarning",
     "EvalVariance",
     "Extrapolation",
+    "LRSensitivity",
     "Law",
     "LawComparison",
     "LawFit",
@@ -71,6 +74,7 @@ __all__ = [
     "fit_law",
     "forecast_crossing",
     "lead_time",
+    "lr_sensitivity",
     "merge",
     "metric_swap",
     "ou_deviance",

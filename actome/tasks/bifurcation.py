@@ -45,8 +45,8 @@ def bifurcation(kind: Kind = "fold", runs: int = 100, points: int = 500, seed: i
     Args:
         kind: ``"fold"``: dx = mu - x^2, mu falling from 1 past 0, and over it goes; slows down. ``"noise"``: the double
             well dx = x - x^3 with enough noise to leave it, at no fixed time. ``"step"``: the system of ``"none"``, until
-            something outside pushes it over. ``"transcritical"``: dx = r x - x^2 with r falling from 1 to 0.1, kept
-            above 0; slows down, and nothing jumps. ``"none"``: dx = 1 - x^2, stationary.
+            something outside pushes it over. ``"transcritical"``: dx = 2 (r x - x^2) with r falling from 1 to 0.15,
+            kept above 0; slows down, and nothing jumps. ``"none"``: dx = 1 - x^2, stationary.
         runs, points: how many traces, and samples in each.
         seed: of the noise.
 
@@ -68,8 +68,8 @@ def bifurcation(kind: Kind = "fold", runs: int = 100, points: int = 500, seed: i
             dt = _SAMPLE / _SUBSTEPS
             noise = np.sqrt(dt) * rng.standard_normal(runs)
             if kind == "transcritical":
-                r = 1 - 0.9 * min(share, 1.0)
-                x = np.abs(x + (r * x - x * x) * dt + 0.03 * noise)
+                r = 1 - 0.85 * min(share, 1.0)
+                x = np.abs(x + 2 * (r * x - x * x) * dt + 0.02 * noise)
             else:
                 mu = 1 - share if kind == "fold" else 1.0
                 x = np.maximum(x + (mu - x * x) * dt + 0.05 * noise, -2.0)  # beyond: gone
