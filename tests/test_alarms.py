@@ -350,6 +350,24 @@ def test_a_rank_that_falls_low_collapses_unless_massive_activations_take_the_var
     assert over(RankCollapse(), "effective_rank", [30, 28, 9, 9, 9], site) == []  # low next to its past, not by itself
 
 
+def test_a_plateau_is_told_where_tokens_are_alike_and_outputs_repeat():
+    def run(losses, cosine=0.95, repeats=0.5, data=0.05):
+        alarms, found = Alarms([CollapsePlateau()]), []
+        for step, loss in enumerate(losses):
+            read = [Reading("loss", float(loss))]
+            if step % 10 == 0:
+                read += [Reading("token_cosine", cosine, f"blocks.{layer}.resid.post", layer) for layer in range(2)]
+                read += [Reading("repetition", repeats, "logits"), Reading("repetition_of_data", data, "logits")]
+            found += alarms.update(step, read)
+        return found
+
+    rng = np.random.default_rng(0)
+    flat = 2.8 + 0.02 * rng.standard_normal(120)
+    assert [(one.site, one.step) for one in run(flat)] == [("blocks.0.resid.post", 0)]
+    assert run(flat - 0.005 * np.arange(120)) == []  # it falls
+    assert run(flat, cosine=0.6) == [] and run(flat, repeats=0.1) == [] and run(flat, data=0.4) == []
+
+
 def test_memorisation_needs_both_losses_and_is_critical_once_it_does_harm():
     def run(heldout, seen):
         alarms = Alarms([MemorisationOnset()])
