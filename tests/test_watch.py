@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from watched import PROBE, VOCAB, events, ids, loss_of, opened, same, subject, trained, weights
+from watch_loop import PROBE, VOCAB, events, ids, loss_of, opened, same, subject, trained, weights
 
 import actome as ac
 from actome.core.errors import MeasureError, RunError, SiteError, TextError

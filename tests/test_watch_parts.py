@@ -10,7 +10,7 @@ import torch
 from measured import generator
 from tiny import TINY
 from torch import nn
-from watched import LENGTH, PROBE, opened, subject
+from watch_loop import LENGTH, PROBE, opened, subject
 
 import actome as ac
 from actome.core.errors import MeasureError, RunError

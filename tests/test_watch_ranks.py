@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
-from watched import PROBE, ids, loss_of, opened, same, subject, weights
+from watch_loop import PROBE, ids, loss_of, opened, same, subject, weights
 
 import actome as ac
 from actome.core.errors import RunError

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
-from watched import PROBE, VOCAB, events, ids, opened, same, weights
+from watch_loop import PROBE, VOCAB, events, ids, opened, same, weights
 
 from actome.dynamics import RunStore, WatchCallback
 from actome.dynamics.alarms import Alarm, Detector, Stop

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from watched import PROBE, events, ids, loss_of, opened, same, subject, trained, weights
+from watch_loop import PROBE, events, ids, loss_of, opened, same, subject, trained, weights
 
 import actome as ac
 from actome.core.errors import RunError

@@ -6,7 +6,10 @@
 - `fit_law`, and `compare_laws`, `control`, `extrapolate`: laws of a curve, and what would refute them
 - `change_point`, `segments`, `turning_points`, `plateaus`, `first_passage`, `lead_time`, `delay`: dates of a curve
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
-- `EarlyWarning`: whether a jump was announced
+- `EarlyWarning`, `ou_lr_test`: whether a jump was announced
+- `forecast_crossing`: when a growing quantity crosses a critical value
+- `lr_sensitivity`: how much a recipe depends on its learning rate
+- `alarms`: what in a run a person should know now, and what is done about it
 - `watch`, `Watch` (`watching`): a training watched from one line in its loop; `WatchCallback` and `LightningWatch` for
   trainers
 """
@@ -17,14 +20,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .changepoints import ChangePoint, change_point
+from .crossing import Crossing, forecast_crossing
 from .curves import Trend, emergence_score, required_items, trend, wilson
 from .dates import Delay, Lead, Passage, delay, first_passage, lead_time
 from .early_warning import EarlyWarning, Warnings
 from .law_checks import Bootstrap, Control, Extrapolation, LawComparison, compare_laws, control, extrapolate
 from .law_families import LAWS, Law
 from .laws import LawFit, fit_law
+from .lr_sensitivity import LRSensitivity, lr_sensitivity
 from .merge import merge
 from .mirage import MetricSwap, metric_swap
+from .ou_test import OUTest, ou_deviance, ou_lr_test
 from .recover import Recovered, recover
 from .segments import Segments, segments
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
@@ -40,10 +46,12 @@ __all__ = [
     "Bootstrap",
     "ChangePoint",
     "Control",
+    "Crossing",
     "Delay",
     "EarlyWarning",
     "EvalVariance",
     "Extrapolation",
+    "LRSensitivity",
     "Law",
     "LawComparison",
     "LawFit",
@@ -51,6 +59,7 @@ __all__ = [
     "LightningWatch",
     "MetricSwap",
     "News",
+    "OUTest",
     "Passage",
     "Plateau",
     "Recovered",
@@ -75,9 +84,13 @@ __all__ = [
     "first_non_finite",
     "first_passage",
     "fit_law",
+    "forecast_crossing",
     "lead_time",
+    "lr_sensitivity",
     "merge",
     "metric_swap",
+    "ou_deviance",
+    "ou_lr_test",
     "plateaus",
     "recover",
     "required_items",

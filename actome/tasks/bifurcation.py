@@ -18,10 +18,10 @@ from actome.tasks.draw import counts
 
 Kind = Literal["fold", "noise", "step", "transcritical", "none"]
 KINDS: tuple[Kind, ...] = ("fold", "noise", "step", "transcritical", "none")
-_SAMPLE, _SUBSTEPS = 0.25, 5  # time between samples, and Euler-Maruyama steps in it
+_SAMPLE, _SUBSTEPS = 1.0, 10  # time between samples, and Euler-Maruyama steps in it
 _SETTLE = 100  # samples that a system runs before it is looked at
 _GAP = 10  # samples before a jump that belong to the jump: so long takes the way over the saddle
-_LONGEST = 40  # times the points, after which a system that noise did not throw out is given up
+_LONGEST = 200  # times the points, after which a system that noise did not throw out is given up
 
 
 class Bifurcation(NamedTuple):
@@ -45,8 +45,8 @@ def bifurcation(kind: Kind = "fold", runs: int = 100, points: int = 500, seed: i
     Args:
         kind: ``"fold"``: dx = mu - x^2, mu falling from 1 past 0, and over it goes; slows down. ``"noise"``: the double
             well dx = x - x^3 with enough noise to leave it, at no fixed time. ``"step"``: the system of ``"none"``, until
-            something outside pushes it over. ``"transcritical"``: dx = r x - x^2 with r falling from 1 to 0.1, kept
-            above 0; slows down, and nothing jumps. ``"none"``: dx = 1 - x^2, stationary.
+            something outside pushes it over. ``"transcritical"``: dx = 2 (r x - x^2) with r falling from 1 to 0.2,
+            kept above 0; slows down, and nothing jumps. ``"none"``: dx = 1 - x^2, stationary.
         runs, points: how many traces, and samples in each.
         seed: of the noise.
 
@@ -68,8 +68,8 @@ def bifurcation(kind: Kind = "fold", runs: int = 100, points: int = 500, seed: i
             dt = _SAMPLE / _SUBSTEPS
             noise = np.sqrt(dt) * rng.standard_normal(runs)
             if kind == "transcritical":
-                r = 1 - 0.9 * min(share, 1.0)
-                x = np.abs(x + (r * x - x * x) * dt + 0.03 * noise)
+                r = 1 - 0.8 * min(share, 1.0)
+                x = np.abs(x + 2 * (r * x - x * x) * dt + 0.05 * noise)
             else:
                 mu = 1 - share if kind == "fold" else 1.0
                 x = np.maximum(x + (mu - x * x) * dt + 0.05 * noise, -2.0)  # beyond: gone
@@ -88,7 +88,7 @@ def bifurcation(kind: Kind = "fold", runs: int = 100, points: int = 500, seed: i
 def _escape(runs: int, points: int, rng: np.random.Generator) -> Bifurcation:
     """Runs in the right well of x - x^3 until noise throws them over the saddle at 0; those that leave early go on
     from the start, since a trace has to be as long as all others."""
-    sigma, dt = 0.5, _SAMPLE / _SUBSTEPS
+    sigma, dt = 0.29, _SAMPLE / _SUBSTEPS
     need = points + _GAP
     x, age = np.ones(runs), np.zeros(runs, dtype=np.int64)
     ring, traces = np.ones((need, runs)), np.empty((runs, points))

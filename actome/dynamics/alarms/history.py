@@ -1,4 +1,4 @@
-"""What a detector remembers: the last readings of one place, a sorted window with its spread, a best value so far.
+"""What a detector remembers: the last readings of one place, a sorted window, a best value so far.
 
 Each forgets what came at a step and later (`rewind`), for a run that goes back to a checkpoint.
 """
@@ -11,8 +11,8 @@ from collections import deque
 
 import numpy as np
 
-# Interquartile range of a normal distribution, in standard deviations.
-_QUARTILES = 1.349
+
+_KEPT = 4096
 
 
 class Track:
@@ -47,17 +47,23 @@ class Track:
 
 
 class Window:
-    """The last `size` readings, kept sorted as well, so that median and spread cost nothing to read.
+    """The last `size` readings, kept sorted as well, so that quantiles cost nothing to read.
+
+    Older ones are kept by, so that a run may go back some thousand steps and find its window as it was.
 
     >>> window = Window(5)
     >>> for step, value in enumerate([9.0, 1.0, 2.0, 3.0, 4.0, 5.0]):
     ...     window.add(step, value)
     >>> window.median, len(window)                                  # the 9 has left
     (3.0, 5)
+    >>> window.rewind(5)
+    >>> window.median, len(window)
+    (3.0, 5)
     """
 
     def __init__(self, size: int):
-        self.track = Track(size)
+        self.size = size
+        self.track = Track(size + _KEPT)
         self._sorted: list[float] = []
 
     def __len__(self) -> int:
@@ -65,11 +71,15 @@ class Window:
 
     @property
     def full(self) -> bool:
-        return len(self._sorted) == self.track.values.maxlen
+        return len(self._sorted) == self.size
+
+    @property
+    def last(self) -> float:
+        return self.track.values[-1]
 
     def add(self, step: int, value: float) -> None:
         if self.full:
-            del self._sorted[bisect_left(self._sorted, self.track.values[0])]
+            del self._sorted[bisect_left(self._sorted, self.track.values[-self.size])]
         self.track.steps.append(step)
         self.track.values.append(value)
         insort(self._sorted, value)
@@ -83,18 +93,9 @@ class Window:
         """The lower one: three of four readings lie above it."""
         return self._sorted[len(self._sorted) // 4]
 
-    @property
-    def spread(self) -> float:
-        """The standard deviation that a normal distribution of this interquartile range has."""
-        n = len(self._sorted)
-        return (self._sorted[(3 * n) // 4] - self._sorted[n // 4]) / _QUARTILES
-
     def rewind(self, step: int) -> None:
         self.track.rewind(step)
-        self._sorted = sorted(self.track.values)
-
-    def clear(self) -> None:
-        self.rewind(-(2**62))
+        self._sorted = sorted(self.track.last(self.size))
 
 
 class Best:

@@ -59,11 +59,13 @@ class CriticalSlowing(Detector):
             raise MeasureError(f"windows={tuple(windows)}: want multiples of 4, 64 or more")
         if not 0 < alpha < 1 or surrogates < 19:
             raise MeasureError(f"alpha={alpha}, surrogates={surrogates}: want alpha between 0 and 1, and 19 or more")
-        self.windows, self.alpha, self.surrogates, self.seed = tuple(windows), alpha, surrogates, seed
+        # The shortest first: what it shows it shows soonest.
+        self.windows, self.alpha, self.surrogates, self.seed = tuple(sorted(windows)), alpha, surrogates, seed
         self._looks = {window: 0 for window in windows}
         self._steps: list[int] = []
         self._values: list[float] = []
         self._seen = 0  # losses of this stretch
+        self._told: Alarm | None = None
 
     def update(self, step: int, readings: Sequence[Reading]) -> list[Alarm] | None:
         value = total(readings, "loss")
@@ -79,48 +81,50 @@ class CriticalSlowing(Detector):
         steps.append(step)
         values.append(value)
         self._seen += 1
-        longest = max(self.windows)
+        longest = self.windows[-1]
         if len(steps) >= 2 * longest:
             del steps[:-longest], values[:-longest]
-        found, judged = [], False
-        for window in self.windows:
-            if self._seen < window or self._seen % (window // 4):
-                continue
-            self._looks[window] += 1
-            judged = True
-            found += self._look(window)
-        return found[:1] if judged else None
+        due = [window for window in self.windows if self._seen >= window and not self._seen % (window // 4)]
+        if not due:
+            return None
+        # The first that holds; a list, so that every look is taken and paid for.
+        self._told = next((one for one in [self._look(window) for window in due] if one is not None), None)
+        return [] if self._told is None else [self._told]
 
     def rewind(self, step: int) -> None:
         # Looks that were taken stay paid for.
         keep = sum(one < step for one in self._steps)
         self._seen -= len(self._steps) - keep
         del self._steps[keep:], self._values[keep:]
+        self._told = None
 
     def _restart(self) -> None:
         self._steps.clear()
         self._values.clear()
-        self._seen = 0
+        self._seen, self._told = 0, None
 
-    def _look(self, window: int) -> list[Alarm]:
+    def _look(self, window: int) -> Alarm | None:
+        self._looks[window] += 1
         values = np.array(self._values[-window:])
         if _jumped(values):
-            return []
+            return None
         rest = _detrended(values[None])
         score = float(slowing(rest)[0])
         look = self._looks[window]
         allowed = share_of_look(self.alpha / len(self.windows), look)
         if _upper_tail(score) > allowed:
-            return []
+            return None
+        if self._told is not None and self._told.evidence["window"] == window:
+            return self._told  # what has been established costs no more surrogates while it stands
         tool = EarlyWarning(bandwidth=_BANDWIDTH, surrogates=self.surrogates, seed=self.seed)
         drawn = tool.null_traces(rest[0], _autocorrelation(rest[0]), np.random.default_rng(self.seed))
         null = slowing(_detrended(drawn))
         p = _upper_tail((score - float(null.mean())) / float(null.std(ddof=1)))
         if p > allowed:
-            return []
+            return None
         again = tool.fit(values)
         if again.p["variance"] > _LEVEL:
-            return []
+            return None
         quarter = window // 4
         first, last = rest[0, :quarter], rest[0, -quarter:]
         since = self._steps[-window]
@@ -130,18 +134,16 @@ class CriticalSlowing(Detector):
             "variance_times": float(last.var() / max(first.var(), 1e-300)),
             "variance_tau": again.tau["variance"], "variance_p": again.p["variance"], "ar1_p": again.p["ar1"],
         }  # fmt: skip
-        return [
-            Alarm(
-                since, self.name,
-                f"the loss forgets its noise ever more slowly since step {since}: autocorrelation from "
-                f"{evidence['ar1_first']:.2f} to {evidence['ar1_last']:.2f}, variance {evidence['variance_times']:.2g} "
-                f"times (p = {p:.1g}; {allowed:.1g} allowed at look {look})",
-                level="warning",
-                advice="a jump may be ahead, for better or worse: save a checkpoint and sample more often; if the "
-                "gradient grows as well, lower the learning rate",
-                evidence=evidence, source="Early warning signals: The charted and uncharted territories",
-            )
-        ]  # fmt: skip
+        return Alarm(
+            since, self.name,
+            f"the loss forgets its noise ever more slowly since step {since}: autocorrelation from "
+            f"{evidence['ar1_first']:.2f} to {evidence['ar1_last']:.2f}, variance {evidence['variance_times']:.2g} "
+            f"times (p = {p:.1g}; {allowed:.1g} allowed at look {look})",
+            level="warning",
+            advice="a jump may be ahead, for better or worse: save a checkpoint and sample more often; if the gradient "
+            "grows as well, lower the learning rate",
+            evidence=evidence, source="Early warning signals: The charted and uncharted territories",
+        )  # fmt: skip
 
 
 def slowing(rest: np.ndarray) -> np.ndarray:

@@ -11,51 +11,69 @@ from actome.core.errors import MeasureError
 from .base import Alarm, Detector, Reading
 from .history import Track, Window
 
+_RECENT = 16  # values that a new one is compared with
+# Median of the difference of two independent standard normal values.
+_NEIGHBOURS = 0.6745 * math.sqrt(2)
 _SPIKES = "Spike No More: Stabilizing the Pre-training of Large Language Models"
 
 
 class _Burst:
-    """Values in a row far above a running median, which they do not enter."""
+    """Values in a row far above the median of those just before, which they do not enter.
 
-    def __init__(self, window: int, z: float, hold: int, rise: float):
-        self.window = Window(window)
-        self.z, self.hold, self.rise = z, hold, rise
-        self.above = Track(window)  # the values of the burst so far
+    Noise is told by how much neighbouring values differ, so that a trend does not count as noise.
+    """
 
-    def add(self, step: int, value: float) -> bool | None:
+    def __init__(self, window: int, z: float, hold: int):
+        self.recent, self.moves = Window(_RECENT), Window(window)
+        self.least, self.z, self.hold = window // 2, z, hold
+        self.above = Track(_RECENT)  # the values of the burst so far
+
+    @property
+    def usual(self) -> float:
+        """The median just before; NaN where there is none yet."""
+        return self.recent.median if len(self.recent) else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of normal noise whose neighbours differ by as much."""
+        return self.moves.median / _NEIGHBOURS if len(self.moves) else 0.0
+
+    def add(self, step: int, value: float, rise: float) -> bool | None:
         """Whether a burst holds; None where too little was seen to tell."""
-        window = self.window
-        if len(window) < max(8, window.track.values.maxlen // 2):  # type: ignore[operator]
-            window.add(step, value)
+        if len(self.moves) < self.least:
+            self._take(step, value)
             return None
-        excess = value - window.median
-        if excess <= self.z * window.spread or excess <= self.rise:
-            window.add(step, value)
+        excess = value - self.usual
+        if excess <= self.z * self.spread or excess <= rise:
+            self._take(step, value)
             self.above.rewind(-1)
             return False
         self.above.add(step, value)
-        if 2 * len(self.above) >= window.track.values.maxlen:  # type: ignore[operator]
-            # No burst but a new level, which is what the next burst has to stand out from.
-            steps, values = list(self.above.steps), list(self.above.values)
-            self.rewind(-1)
-            for one in zip(steps, values, strict=True):
-                window.add(*one)
+        if len(self.above) == _RECENT:  # no burst but a new level, from which the next one has to stand out
+            for one in zip(self.above.steps, self.above.values, strict=True):
+                self.recent.add(*one)
+            self.above.rewind(-1)
         return len(self.above) >= self.hold
 
+    def _take(self, step: int, value: float) -> None:
+        if len(self.recent):
+            self.moves.add(step, abs(value - self.recent.last))
+        self.recent.add(step, value)
+
     def rewind(self, step: int) -> None:
-        self.window.rewind(step)
-        self.above.rewind(step)
+        for one in (self.recent, self.moves, self.above):
+            one.rewind(step)
 
 
 class LossSpike(Detector):
     """The loss leaps above its running median and stays there for some steps.
 
-    A step is above when it exceeds the median of the last `window` losses by `z` robust standard deviations (of the
-    interquartile range, so that a trend within the window makes it careful) and by a share `rise` of the median. One
-    step alone may be an odd batch.
+    A step is above when it exceeds the median of the 16 losses before by `z` robust standard deviations of the noise (by
+    how much neighbouring losses differ, the median of the last `window`) and by a share `rise`. One step alone may be an
+    odd batch.
 
     Args:
-        window: losses that a new one is compared with; half of them have to be there.
+        window: losses that tell the noise; half of them have to be there.
         z, rise: how far above.
         hold: steps in a row.
 
@@ -78,20 +96,19 @@ class LossSpike(Detector):
     def __init__(self, window: int = 64, z: float = 8.0, hold: int = 2, rise: float = 0.1):
         if window < 16 or z <= 0 or hold < 1 or rise < 0:
             raise MeasureError(f"window={window}, z={z}, hold={hold}, rise={rise}: want 16, above 0, 1 and 0, or more")
-        self.window, self.z, self.hold, self.rise = window, z, hold, rise
-        self._burst = _Burst(window, z, hold, 0.0)
+        self.rise = rise
+        self._burst = _Burst(window, z, hold)
 
     def update(self, step: int, readings: Sequence[Reading]) -> list[Alarm] | None:
         value = total(readings, "loss")
         if value is None:
             return None
         burst = self._burst
-        burst.rise = self.rise * abs(burst.window.median) if len(burst.window) else 0.0
-        median, spread = (burst.window.median, burst.window.spread) if len(burst.window) else (value, 0.0)
-        holds = burst.add(step, value)
+        median, spread = burst.usual, burst.spread
+        holds = burst.add(step, value, self.rise * abs(median))
         if holds is None:
             return None
-        if not holds or not len(burst.above):
+        if not holds:
             return []
         began, peak = burst.above.steps[0], max(burst.above.values)
         z = (value - median) / spread if spread > 0 else None
@@ -111,7 +128,7 @@ class LossSpike(Detector):
 class SpikePrecursor(Detector):
     """The gradient or the update of the whole model is a multiple of what it was, while the loss may still look well.
 
-    Looked at in logarithms against the last `window` values: `z` robust standard deviations and a factor `factor` above
+    Looked at in logarithms, as `LossSpike` looks at the loss: `z` robust standard deviations and a factor `factor` above
     the median, `hold` steps in a row. The place is the component whose own norm has grown most against its median of
     the samples so far; it is known once components were sampled eight times.
 
@@ -128,8 +145,8 @@ class SpikePrecursor(Detector):
     def __init__(self, window: int = 64, z: float = 8.0, factor: float = 8.0, hold: int = 3):
         if window < 16 or z <= 0 or factor <= 1 or hold < 1:
             raise MeasureError(f"window={window}, z={z}, factor={factor}, hold={hold}: want 16, above 0, above 1, 1")
-        self.window, self.factor = window, factor
-        self._totals = {name: _Burst(window, z, hold, math.log(factor)) for name in self.needs}
+        self.window, self.rise = window, math.log(factor)
+        self._totals = {name: _Burst(window, z, hold) for name in self.needs}
         self._parts: dict[tuple[str, str], Window] = {}
         self._latest: dict[tuple[str, str], tuple[int, float]] = {}
 
@@ -145,11 +162,11 @@ class SpikePrecursor(Detector):
             value = total(readings, name)
             if value is None or value <= 0:
                 continue
-            median = burst.window.median if len(burst.window) else math.log(value)
-            holds = burst.add(step, math.log(value))
+            usual = burst.usual
+            holds = burst.add(step, math.log(value), self.rise)
             judged = judged or holds is not None
-            if holds and len(burst.above):
-                found.append(self._alarm(burst.above.steps[0], name, math.exp(median), value))
+            if holds:
+                found.append(self._alarm(burst.above.steps[0], name, math.exp(usual), value))
         return found[:1] if judged else None
 
     def rewind(self, step: int) -> None:
