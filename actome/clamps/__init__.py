@@ -4,6 +4,7 @@ from .ablate import Ablate
 from .bound import Clip, TopK
 from .edit import Add, Mask, Scale, Set
 from .patch import Patch
+from .saved import load_clamps, save_clamps
 from .subspace import Project
 
-__all__ = ["Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Scale", "Set", "TopK"]
+__all__ = ["Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Scale", "Set", "TopK", "load_clamps", "save_clamps"]

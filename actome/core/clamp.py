@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
+
+from .errors import ClampError
 
 if TYPE_CHECKING:
     from .clamping import Place
@@ -18,13 +21,15 @@ if TYPE_CHECKING:
 Index = int | slice | range | Iterable[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class When:
     """A condition on another site's activation in the same forward.
 
     Args:
         site: a site that the forward reaches before the clamp's.
         test: takes that site's tensor and returns bools: one, (batch,), or (batch, pos).
+        latch: while generating, judge the prompt and keep what was found for the rest of each sequence. By default
+            each forward is judged anew.
 
     Example:
         >>> When("blocks.0.resid.post", lambda resid: resid[..., 5] > 2.0).site
@@ -32,7 +37,28 @@ class When:
     """
 
     site: str
-    test: Callable[[Tensor], Tensor]
+    test: Callable[[Tensor], Tensor] | None = None
+    latch: bool = False
+
+    @property
+    def parts(self) -> tuple[When, ...]:
+        """The conditions on single sites that it is made of."""
+        return (self,)
+
+    @property
+    def needs_run(self) -> bool:
+        """Whether it has to know the padding or the step of the forward."""
+        return self.latch
+
+    def holds(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Whether it is true, bools (), (batch,) or (batch, pos), of its site's tensor and its padding (batch, pos)."""
+        if self.test is None:
+            raise ClampError(f"the condition at {self.site} has no test")
+        return torch.as_tensor(self.test(x))
+
+    def combine(self, flags: tuple[Tensor, ...]) -> Tensor:
+        """What its parts come to."""
+        return flags[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -123,6 +123,7 @@ class ActiveClamp:
             raise ClampError(f"{site.name} has no positions (its dims are {', '.join(dims)}); leave out positions=")
         self.gated = any(g is not None for g in (clamp.positions, clamp.rows, clamp.when))
         self.needs_run = any(g is not None for g in (clamp.positions, clamp.phase, clamp.steps))
+        self.needs_run |= clamp.when is not None and any(part.needs_run for part in (clamp.when, *clamp.when.parts))
 
     def __call__(self, x: Tensor) -> Tensor | None:
         clamp, place, run = self.clamp, self.place, self.run
@@ -219,8 +220,8 @@ class ClampContext:
         active: one `ActiveClamp` a clamp and site, with `.fired` and `.reached` counts.
     """
 
-    def __init__(self, model: Model, clamps: Sequence[Clamp]):
-        self.model = model
+    def __init__(self, model: Model, clamps: Sequence[Clamp], strict: bool = True):
+        self.model, self.strict = model, strict
         self.active: list[ActiveClamp] = []
         self._taps: Any = None
         if not clamps:
@@ -235,7 +236,7 @@ class ClampContext:
                     raise ClampError(f"{site.name} can be read but not changed{_instead(site)}")
                 one = ActiveClamp(clamp, site, model.run)
                 if clamp.when is not None:
-                    taps.append(model.condition_tap(clamp.when, one))
+                    taps += model.condition_taps(clamp.when, one)
                 self.active.append(one)
                 taps.append((site.address, one, "write"))
                 needs_run = needs_run or one.needs_run
@@ -254,7 +255,7 @@ class ClampContext:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self.model.clamped.remove(self)
         self._taps.__exit__(kind, error, trace)
-        if kind is not None:
+        if kind is not None or not self.strict:
             return
         idle = [one for one in self.active if not one.fired]
         if idle:

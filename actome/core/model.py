@@ -42,6 +42,7 @@ class Model:
 
     Attributes:
         module, tokenizer, name: as given.
+        forward_names: the arguments that its forward takes by name.
         family: name of the family-table row, ``"structural"`` when the usual shape was found, or ``"module"``.
 
     Example:
@@ -67,7 +68,7 @@ class Model:
         self.plans: dict[tuple[Site, ...], Any] = {}
         self._weight = next(module.parameters(), None)
         signature = inspect.signature(module.forward).parameters
-        self._forward_names = set(signature)
+        self.forward_names = set(signature)
         self._open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
 
     # -- what there is ------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ class Model:
             padded = mask is not None and ids is not None and mask.shape == ids.shape and not bool(mask.all())
             return dict(inputs), ids, mask.bool() if padded else None
         if isinstance(inputs, Tensor) and inputs.is_floating_point():
-            name = getattr(self.module, "main_input_name", None) or next(iter(self._forward_names))
+            name = getattr(self.module, "main_input_name", None) or next(iter(self.forward_names))
             return {name: inputs}, None, None
         if hasattr(inputs, "ids"):
             batch = inputs
@@ -293,23 +294,23 @@ class Model:
 
     def _text_arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
-        if "input_ids" not in self._forward_names and not self._open_ended:
-            return {next(iter(self._forward_names)): ids}
+        if "input_ids" not in self.forward_names and not self._open_ended:
+            return {next(iter(self.forward_names)): ids}
         arguments["input_ids"] = ids
         if mask is not None:
             arguments["attention_mask"] = mask.long()
-            if "position_ids" in self._forward_names and not bool(mask[:, 0].all()):
+            if "position_ids" in self.forward_names and not bool(mask[:, 0].all()):
                 # Padding on the left must not count as positions.
                 arguments["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        if "use_cache" in self._forward_names:
+        if "use_cache" in self.forward_names:
             arguments["use_cache"] = False
-        if "decoder_input_ids" in self._forward_names:
+        if "decoder_input_ids" in self.forward_names:
             start = getattr(self.config, "decoder_start_token_id", None)
             start = start if start is not None else getattr(self.config, "pad_token_id", 0) or 0
             # The decoder reads the same text one step later, so that its sites have a position for every token.
             first = torch.full((len(ids), 1), start, dtype=ids.dtype, device=ids.device)
             arguments["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
-            if mask is not None and "decoder_attention_mask" in self._forward_names:
+            if mask is not None and "decoder_attention_mask" in self.forward_names:
                 arguments["decoder_attention_mask"] = mask.long()
         return arguments
 
@@ -336,30 +337,48 @@ class Model:
             self._tracker.remove()
             self._tracker = None
 
-    def condition_tap(self, when: When, clamp: ActiveClamp) -> tuple[Point, Tap, Kind]:
-        """The tap that evaluates a clamp's condition; the condition's site must come before the clamp's."""
-        (site,) = self.match(when.site)
+    def condition_taps(self, when: When, clamp: ActiveClamp) -> list[tuple[Point, Tap, Kind]]:
+        """The taps that evaluate a clamp's condition; the sites of the condition must come before the clamp's."""
         order = self.order
-        if clamp.site.name in order and site.name in order and order[site.name] >= order[clamp.site.name]:
-            raise SiteError(
-                f"the condition's site {site.name} is reached after {clamp.site.name}; condition on an earlier one"
-            )
+        parts = when.parts
+        flags: list[Tensor | None] = [None] * len(parts)
 
-        def evaluate(x: Tensor) -> None:
-            flag = torch.as_tensor(when.test(x))
-            if flag.dtype != torch.bool:
-                raise SiteError(f"the condition at {site.name} gave {flag.dtype}; it must give bools")
-            clamp.condition = flag
+        def tap(i: int) -> tuple[Point, Tap, Kind]:
+            (site,) = self.match(parts[i].site)
+            if clamp.site.name in order and site.name in order and order[site.name] >= order[clamp.site.name]:
+                raise SiteError(
+                    f"the condition's site {site.name} is reached after {clamp.site.name}; condition on an earlier one"
+                )
 
-        return site.address, evaluate, "read"
+            def evaluate(x: Tensor) -> None:
+                known = clamp.condition
+                if when.latch and self.run.step and known is not None and known.ndim and len(known) == len(x):
+                    return
+                mask = self.run.mask
+                here = None if mask is None or x.ndim < 2 or mask.shape[0] != len(x) else mask[:, -x.shape[1] :]
+                flag = parts[i].holds(x, here)
+                if flag.dtype != torch.bool:
+                    raise SiteError(f"the condition at {site.name} gave {flag.dtype}; it must give bools")
+                flags[i] = flag
+                if all(one is not None for one in flags):
+                    found = when.combine(tuple(flags))  # type: ignore[arg-type]
+                    # What a prompt was like, position by position, has no meaning for the tokens that come after it.
+                    clamp.condition = found.any(1) if when.latch and found.ndim > 1 else found
+                    flags[:] = [None] * len(flags)
+
+            return site.address, evaluate, "read"
+
+        return [tap(i) for i in range(len(parts))]
 
     # -- the verbs ----------------------------------------------------------------------------------------------
 
-    def clamp(self, *clamps: Clamp) -> ClampContext:
+    def clamp(self, *clamps: Clamp, strict: bool = True) -> ClampContext:
         """Changes activations for the time of a ``with`` block, in inference and in training, with gradients.
 
         Args:
             clamps: one or several; at one site they work in the order in which they are given.
+            strict: whether a clamp that never fired is an error. A loop of one's own that enters the same context for
+                each forward takes False, and looks at ``fired`` when it is through.
 
         Returns:
             A context manager; its value counts how often each clamp fired.
@@ -376,7 +395,7 @@ class Model:
             >>> active.fired
             1
         """
-        return ClampContext(self, clamps)
+        return ClampContext(self, clamps, strict)
 
     def record(self, inputs: Any, sites: str | Sequence[str], **options: Any) -> Recording:
         """Brings activations out of the model; see `actome.core.record.record` for every option."""

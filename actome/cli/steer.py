@@ -1,0 +1,192 @@
+"""`actome steer`: fit a clamp to examples, judge it, try it, ship it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from actome.cli.common import (
+    UsageError,
+    add_command,
+    add_model_options,
+    make_room,
+    open_model,
+    positive,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from actome.core.clamp import Clamp
+    from actome.core.model import Model
+
+_METHODS = ("means", "lda", "pca", "logistic")  # said again here, since the estimators are imported only when run
+_OVERS = ("last", "mean", "response", "prompt")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    steer = commands.add_parser(
+        "steer", help="fit, judge, try and ship clamps", description="Fits, judges, tries and ships clamps."
+    )
+    steer.set_defaults(command="steer")
+    parts = steer.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    fit = _part(parts, "fit", _fit, "a clamp from two sets of examples")
+    forms = "one a line, or .jsonl with prompt and response"
+    fit.add_argument("--positive", required=True, metavar="FILE", help=f"examples that it should lead to: {forms}")
+    fit.add_argument("--negative", required=True, metavar="FILE", help="examples that it should lead away from")
+    fit.add_argument("--sites", default="blocks.*.resid.post", metavar="PATTERN", help="default: %(default)s")
+    fit.add_argument("--method", default="means", choices=_METHODS, help="default: %(default)s")
+    fit.add_argument("--over", default="last", choices=_OVERS, help="tokens of an example; default: %(default)s")
+    fit.add_argument("--out", required=True, metavar="FOLDER", help="where to save the clamp")
+    fit.add_argument("--overwrite", action="store_true", help="replace a clamp that lies there")
+
+    judge = _part(parts, "eval", _eval, "effect against damage over strengths, with controls")
+    _clamp_option(judge)
+    judge.add_argument("--pairs", required=True, metavar="FILE", help=".jsonl with prompt, wanted and unwanted")
+    judge.add_argument("--text", metavar="FILE", help="held-out text, one document a line, whose loss must not rise")
+    judge.add_argument("--strengths", default="-1,0.5,1,1.5,2,3,4", metavar="A,B,...", help="default: %(default)s")
+    judge.add_argument("--random", type=positive, default=5, metavar="N", help="random directions; default 5")
+    judge.add_argument("--per-token", action="store_true", help="compare nats a token, for long responses")
+    judge.add_argument("--json", metavar="FILE", help="write the curves; - is standard output")
+
+    apply = _part(parts, "apply", _apply, "generate with and without a clamp")
+    _clamp_option(apply)
+    apply.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be repeated")
+    apply.add_argument("--scale", type=float, default=1.0, help="multiplies the clamp's strength; default 1")
+    apply.add_argument("--new-tokens", type=positive, default=40, metavar="N", help="default 40")
+
+    export = _part(parts, "export", _export, "a constant clamp as a control vector, or in the weights of a checkpoint")
+    _clamp_option(export)
+    export.add_argument("--scale", type=float, default=1.0, help="multiplies the clamp's strength; default 1")
+    export.add_argument("--gguf", metavar="FILE", help="write a GGUF control vector")
+    export.add_argument("--checkpoint", metavar="FOLDER", help="write a plain Hugging Face checkpoint")
+
+
+def _part(parts: argparse._SubParsersAction, name: str, run, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser = add_command(parts, name, run, help, help[0].upper() + help[1:] + ".")
+    parser.set_defaults(command=f"steer {name}")
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id, or demo")
+    add_model_options(parser)
+    return parser
+
+
+def _clamp_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--clamp", required=True, metavar="FOLDER", help="as steer fit saved it, or a .gguf file")
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from actome.clamps import save_clamps
+    from actome.steer import Contrast, Examples
+    from actome.steer.files import read_examples
+
+    examples = Examples(read_examples(args.positive), read_examples(args.negative))
+    model = open_model(args)
+    clamp = Contrast(args.sites, args.method, args.over).fit(model, examples)
+    folder = save_clamps(args.out, clamp, model=model, about=dict(clamp.about or {}), overwrite=args.overwrite)
+    if not args.quiet:
+        print(clamp.table.to_string(index=False, float_format="%.3f"))
+        print(f"chosen: {clamp.site}, the best separation of examples that were not fitted on")
+        print(f"written: {folder}")
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from actome.steer import evaluate
+    from actome.steer.files import read_examples, read_pairs
+
+    strengths = _numbers(args.strengths)
+    pairs = read_pairs(args.pairs)
+    text = None if args.text is None else read_examples(args.text)
+    out = None if args.json == "-" else make_room(args.json)
+    model = open_model(args)
+    clamp = _one(args, model)
+    with progress(args, "strengths") as tell:
+        found = evaluate(
+            model,
+            clamp,  # type: ignore[arg-type]
+            pairs,
+            text=text,
+            strengths=strengths,
+            random=args.random,
+            per_token=args.per_token,
+            progress=lambda done, of: tell(done),
+        )
+    data = {
+        "site": found.site,
+        "strength": found.strength,
+        "why": found.why,
+        "held_out": found.held_out,
+        "about": found.about,
+        "rows": json.loads(found.frame.to_json(orient="records")),
+    }
+    written = json.dumps(data, indent=1) + "\n"
+    if out:
+        out.write_text(written, encoding="utf-8")
+    elif args.json:
+        sys.stdout.write(written)
+    if not args.quiet and args.json != "-":
+        wide = found.frame.pivot_table(index=["arm", "strength"], columns="measure", values="value")
+        print(wide.to_string(float_format="%.3f"))
+        print(f"recommended: {'nothing' if found.strength is None else f'strength {found.strength:g}'} ({found.why})")
+        if found.held_out:
+            mean, low, high = found.held_out["gain"]
+            chance = max(found.held_out["random_gains"], default=float("nan"))
+            print(
+                f"on pairs held out: {mean:+.2f} nats ({low:+.2f} to {high:+.2f}); best random direction {chance:+.2f}"
+            )
+    return 0
+
+
+def _apply(args: argparse.Namespace) -> int:
+    from actome.steer.preference import scaled
+
+    model = open_model(args)
+    clamps = [one if args.scale == 1.0 else scaled(one, args.scale) for one in _clamps(args, model)]
+    for prompt in args.prompt:
+        bare = str(model.generate(prompt, max_new_tokens=args.new_tokens))
+        with model.clamp(*clamps):
+            steered = str(model.generate(prompt, max_new_tokens=args.new_tokens))
+        print(f"{prompt!r}\n  without: {bare!r}\n  with:    {steered!r}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from actome.steer import bake, to_gguf
+    from actome.steer.preference import scaled
+
+    if args.gguf is None and args.checkpoint is None:
+        raise UsageError("say what to write: --gguf FILE, --checkpoint FOLDER, or both")
+    gguf = make_room(args.gguf)
+    model = open_model(args)
+    clamps = [one if args.scale == 1.0 else scaled(one, args.scale) for one in _clamps(args, model)]
+    if gguf is not None:
+        print(f"written: {to_gguf(gguf, model, clamps)}")
+    if args.checkpoint is not None:
+        baked = bake(model, clamps)
+        folder = baked.save(args.checkpoint, model.tokenizer)
+        print(
+            f"written: {folder}; its logits differ from the clamped model's by {baked.difference:.1e} of their spread"
+        )
+    return 0
+
+
+def _clamps(args: argparse.Namespace, model: Model) -> list[Clamp]:
+    from actome.steer.files import read_clamps
+
+    return read_clamps(args.clamp, model)
+
+
+def _one(args: argparse.Namespace, model: Model) -> Clamp:
+    found = _clamps(args, model)
+    if len(found) > 1:
+        raise UsageError(f"{args.clamp} holds {len(found)} clamps; a dose-response is of one")
+    return found[0]
+
+
+def _numbers(words: str) -> list[float]:
+    try:
+        return [float(word) for word in words.split(",")]
+    except ValueError:
+        raise UsageError(f"--strengths {words!r}: numbers with commas between them") from None

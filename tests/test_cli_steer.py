@@ -1,0 +1,93 @@
+"""`actome steer` and `actome serve` on the command line."""
+
+import json
+
+import pytest
+import transformers
+
+import actome as ac
+from actome.cli.main import main
+
+CODE = ["import os", "def f(x):", "return x", "for i in y:", "class A:", "x = [1]", "if x:", "print(x)"]
+PROSE = ["The cat", "It is a", "When the", "This value", "An object", "You can", "See the", "There is"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "code.txt").write_text("\n".join(CODE))
+    (tmp_path / "prose.txt").write_text("\n".join(PROSE))
+    rows = [{"prompt": p, "wanted": " self", "unwanted": " the"} for p in PROSE]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def fit(files, *more):
+    return main(["steer", "fit", "demo", "--positive", str(files / "code.txt"), "--negative", str(files / "prose.txt"),
+                 "--sites", "blocks.{1..2}.resid.post", "--out", str(files / "clamp"), *more])  # fmt: skip
+
+
+def test_from_examples_to_a_checkpoint(files, capsys):
+    assert fit(files) == 0
+    assert "chosen: blocks." in capsys.readouterr().out
+    judged = ["steer", "eval", "demo", "--clamp", str(files / "clamp"), "--pairs", str(files / "pairs.jsonl")]
+    assert main([*judged, "--strengths", "1,2", "--random", "1", "--json", str(files / "e.json")]) == 0
+    assert "recommended:" in capsys.readouterr().out
+    data = json.loads((files / "e.json").read_text())
+    assert {row["arm"] for row in data["rows"]} == {"fitted", "random"}
+    assert (
+        main(["steer", "apply", "demo", "--clamp", str(files / "clamp"), "--prompt", "The", "--new-tokens", "4"]) == 0
+    )
+    assert "without:" in capsys.readouterr().out
+    out = ["--gguf", str(files / "v.gguf"), "--checkpoint", str(files / "model")]
+    assert main(["steer", "export", "demo", "--clamp", str(files / "clamp"), *out]) == 0
+    loaded = ac.wrap(transformers.AutoModelForCausalLM.from_pretrained(files / "model").eval())
+    demo = ac.demo()
+    from actome.clamps import load_clamps
+
+    ids = demo.tokenizer("def main(", return_tensors="pt")["input_ids"]
+    with demo.clamp(*load_clamps(files / "clamp")):
+        wanted = demo.logits(ids)
+    assert float((loaded.logits(ids) - wanted).abs().max()) < 1e-3
+    # The control vector is taken where a folder is.
+    assert (
+        main(["steer", "apply", "demo", "--clamp", str(files / "v.gguf"), "--prompt", "The", "--new-tokens", "2"]) == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (lambda f: (f / "code.txt").write_text("a\nb"), 1, "2 positive examples are too few"),
+        (lambda f: (f / "code.txt").unlink(), 1, "there is no file"),
+        (lambda f: (f / "code.txt").write_text(""), 1, "is empty"),
+        (lambda f: (f / "clamp").write_text(""), 1, "is a file"),
+    ],
+)
+def test_bad_examples(files, capsys, change, code, words):
+    change(files)
+    assert fit(files) == code
+    assert words in capsys.readouterr().err
+
+
+def test_bad_pairs_and_clamps(files, capsys):
+    fit(files, "--quiet")
+    judged = ["steer", "eval", "demo", "--clamp", str(files / "clamp"), "--pairs", str(files / "pairs.jsonl")]
+    (files / "pairs.jsonl").write_text('{"prompt": "a", "wanted": "b"}\n')
+    assert main(judged) == 1
+    assert "line 1: give an object with the texts prompt, wanted, unwanted" in capsys.readouterr().err
+    assert main([*judged, "--strengths", "x"]) == 2
+    assert main(["steer", "export", "demo", "--clamp", str(files / "clamp")]) == 2
+    assert "--gguf FILE" in capsys.readouterr().err
+    assert main(["steer", "apply", "demo", "--clamp", str(files / "clam"), "--prompt", "a"]) == 1
+    assert "nearest: clamp" in capsys.readouterr().err
+    assert fit(files) == 1
+    assert "overwrite=True replaces" in capsys.readouterr().err
+
+
+def test_serving_says_what_is_wrong_before_it_begins(files, capsys):
+    fit(files, "--quiet")
+    folder = str(files / "clamp")
+    assert main(["serve", "demo", "--clamp", folder, "--clamp", folder]) == 2
+    assert "same name" in capsys.readouterr().err
+    assert main(["serve", "demo", "--clamp", f"x={folder}x"]) == 1
+    assert "no clamps in" in capsys.readouterr().err
