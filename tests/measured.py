@@ -12,12 +12,14 @@ from actome.core.measure import Measure
 from actome.measures import (
     ActivationScale,
     AttentionEntropy,
+    AttentionLogitMax,
     Contribution,
     DeadUnits,
     EffectiveRank,
     ExpertLoad,
     Histogram,
     HypersphericalEnergy,
+    InductionScore,
     LatentTrajectory,
     MassiveActivations,
     MatrixEntropy,
@@ -75,6 +77,11 @@ def activations(g: torch.Generator, batch: int, length: int) -> Tensor:
     return x
 
 
+def scores(g: torch.Generator, batch: int, length: int) -> Tensor:
+    x = 3 * torch.randn(batch, 3, length, length, generator=g)
+    return x.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), torch.finfo(torch.float32).min)
+
+
 def pattern(g: torch.Generator, batch: int, length: int) -> Tensor:
     scores = 3 * torch.randn(batch, 3, length, length, generator=g)
     scores[:, 1, :, 0] += 6.0
@@ -98,6 +105,8 @@ SUBJECTS = {
     "EffectiveRank": Subject(EffectiveRank, activations),
     "SinkScore": Subject(SinkScore, pattern),
     "AttentionEntropy": Subject(AttentionEntropy, pattern),
+    "AttentionLogitMax": Subject(AttentionLogitMax, scores),
+    "InductionScore": Subject(InductionScore, pattern),
     "NextTokenLoss": Subject(NextTokenLoss, logits),
     "Movement": Subject(Movement, stream),
     "Voids": Subject(Voids, stream),

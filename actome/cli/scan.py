@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FOUND = 3
 
 # Said again here, since the panels are imported only when a command runs.
-_PANELS = ("health", "sparsity", "geometry", "attention", "experts", "quantisation", "uncertainty", "all")
+_PANELS = ("health", "sparsity", "geometry", "attention", "experts", "quantisation", "uncertainty", "training", "all")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -111,8 +111,8 @@ def measure(
     Args:
         inputs: a `Text`; text or a list of texts; token ids (pos) or (batch, pos); or any iterable of batches, each
             ids or a dict of forward arguments, such as a data loader.
-        measures: ``{pattern or tuple of patterns: measure or list of measures}``, or a panel. Each measure is cloned
-            for each stack of sites; those given stay empty.
+        measures: ``{pattern or tuple of patterns: measure or list of measures}``, a panel, or a `Plan` of them. Each
+            measure is cloned for each stack of sites; those given stay empty.
         batch_size: rows a batch, for inputs that are not yet batched.
         progress: called with the number of tokens done, after each batch.
 
@@ -133,7 +133,8 @@ def measure(
         >>> table.value("rms").shape[0] == model.layers
         True
     """
-    streams, skipped = plan(model, measures)
+    planned = measures if isinstance(measures, Plan) else Plan(model, measures)
+    streams, skipped = planned.anew(), list(planned.skipped)
     taps = [tap for stream in streams for tap in stream.taps()]
     # After the measures of a place: what they shared must not outlive the tensor.
     taps += [(point, _forget, "read") for point in dict.fromkeys(point for point, _, _ in taps)]
@@ -156,9 +157,48 @@ def measure(
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if not forwards:
             raise MeasureError("nothing was measured: the inputs hold no batch; an iterator can be read only once")
-        streams, unreached = _reached(streams, lenient=hasattr(measures, "entries"))
+        streams, unreached = _reached(streams, planned.lenient)
         skipped += unreached
     return MeasureTable([result for stream in streams for result in stream.results()], skipped)
+
+
+class Plan:
+    """Measures at the sites of a model, found once, for whoever measures the same again and again.
+
+    The tables that it was used for hold the very measures that the next use begins anew: their values stay, their
+    statistics do not.
+
+    Args:
+        model: whose sites are meant.
+        measures: as `measure` takes them.
+
+    Attributes:
+        skipped: what a panel asks for that this model has no place for.
+
+    Raises:
+        SiteError, MeasureError: as `measure`.
+
+    >>> import actome as ac
+    >>> from actome.measures import ActivationScale
+    >>> model = ac.demo()
+    >>> again = Plan(model, {"blocks.*.resid.post": ActivationScale()})
+    >>> one, other = (model.measure(text, again).value("rms") for text in ("The value of", "The value of"))
+    >>> bool((one == other).all())
+    True
+    """
+
+    def __init__(self, model: Model, measures: Any):
+        self.lenient = hasattr(measures, "entries")
+        self._streams, self.skipped = plan(model, measures)
+
+    def anew(self) -> list[_Stream]:
+        """The streams, empty."""
+        for stream in self._streams:
+            for one in stream.metrics:
+                if one.update_count:
+                    one.reset()
+            stream.without_ids = False
+        return self._streams
 
 
 def _reached(streams: Sequence[_Stream], lenient: bool) -> tuple[list[_Stream], list[str]]:

@@ -6,18 +6,31 @@
 - `fit_law`, and `compare_laws`, `control`, `extrapolate`: laws of a curve, and what would refute them
 - `change_point`, `segments`, `turning_points`, `plateaus`, `first_passage`, `lead_time`, `delay`: dates of a curve
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
-- `EarlyWarning`: whether a jump was announced
+- `EarlyWarning`, `ou_lr_test`: whether a jump was announced
+- `forecast_crossing`: when a growing quantity crosses a critical value
+- `lr_sensitivity`: how much a recipe depends on its learning rate
+- `alarms`: what in a run a person should know now, and what is done about it
+- `watch`, `Watch` (`watching`): a training watched from one line in its loop; `WatchCallback` and `LightningWatch` for
+  trainers
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .changepoints import ChangePoint, change_point
+from .crossing import Crossing, forecast_crossing
 from .curves import Trend, emergence_score, required_items, trend, wilson
 from .dates import Delay, Lead, Passage, delay, first_passage, lead_time
 from .early_warning import EarlyWarning, Warnings
 from .law_checks import Bootstrap, Control, Extrapolation, LawComparison, compare_laws, control, extrapolate
 from .law_families import LAWS, Law
 from .laws import LawFit, fit_law
+from .lr_sensitivity import LRSensitivity, lr_sensitivity
 from .merge import merge
 from .mirage import MetricSwap, metric_swap
+from .ou_test import OUTest, ou_deviance, ou_lr_test
 from .recover import Recovered, recover
 from .segments import Segments, segments
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
@@ -25,6 +38,7 @@ from .smoothing import smooth
 from .store import News, RunStore
 from .turns import Plateau, Turn, plateaus, turning_points
 from .variance import EvalVariance
+from .watching import Watch, first_non_finite, watch
 from .writer import RunWriter
 
 __all__ = [
@@ -32,16 +46,20 @@ __all__ = [
     "Bootstrap",
     "ChangePoint",
     "Control",
+    "Crossing",
     "Delay",
     "EarlyWarning",
     "EvalVariance",
     "Extrapolation",
+    "LRSensitivity",
     "Law",
     "LawComparison",
     "LawFit",
     "Lead",
+    "LightningWatch",
     "MetricSwap",
     "News",
+    "OUTest",
     "Passage",
     "Plateau",
     "Recovered",
@@ -55,17 +73,24 @@ __all__ = [
     "Turn",
     "WandbSink",
     "Warnings",
+    "Watch",
+    "WatchCallback",
     "change_point",
     "compare_laws",
     "control",
     "delay",
     "emergence_score",
     "extrapolate",
+    "first_non_finite",
     "first_passage",
     "fit_law",
+    "forecast_crossing",
     "lead_time",
+    "lr_sensitivity",
     "merge",
     "metric_swap",
+    "ou_deviance",
+    "ou_lr_test",
     "plateaus",
     "recover",
     "required_items",
@@ -73,5 +98,19 @@ __all__ = [
     "smooth",
     "trend",
     "turning_points",
+    "watch",
     "wilson",
 ]
+
+# They inherit from classes of heavy libraries, which are imported once one of them is asked for.
+_CALLBACKS = {"WatchCallback": "callbacks_transformers", "LightningWatch": "callbacks_lightning"}
+
+if TYPE_CHECKING:
+    from .callbacks_lightning import LightningWatch
+    from .callbacks_transformers import WatchCallback
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CALLBACKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_CALLBACKS[name]}"), name)

@@ -99,13 +99,13 @@ class EarlyWarning:
         gaps = np.diff(curve.x)
         if gaps.max() > 1.01 * gaps.min():
             raise MeasureError("times are not evenly spaced; interpolate first, or use the steps that are")
-        rest = self._detrended(curve.y[None])
+        rest = self.detrended(curve.y[None])
         rho = float(_lag1(rest)[0])
         found = self._indicators(rest)
         taus = {name: float(_kendall(values)[0]) for name, values in found.items()}
         p = dict.fromkeys(taus, float("nan"))
         if self.surrogates:
-            drawn = self._detrended(self._surrogates(rest[0], rho, np.random.default_rng(self.seed)))
+            drawn = self.detrended(self.null_traces(rest[0], rho, np.random.default_rng(self.seed)))
             for name, values in self._indicators(drawn).items():
                 null, own = _kendall(values), taus[name]
                 more = (null <= own) if name == "return_rate" else (null >= own)
@@ -116,7 +116,7 @@ class EarlyWarning:
 
     def taus(self, traces: Any) -> dict[str, Array]:
         """Kendall's tau of each indicator for many traces of one length at once, (traces, points) -> (traces) each."""
-        found = self._indicators(self._detrended(np.atleast_2d(np.asarray(traces, dtype=np.float64))))
+        found = self._indicators(self.detrended(np.atleast_2d(np.asarray(traces, dtype=np.float64))))
         return {name: _kendall(values) for name, values in found.items()}
 
     def false_alarms(self, points: int, ar1: float = 0.5, *, traces: int = 200, seed: int = 1) -> dict[str, float]:
@@ -142,19 +142,21 @@ class EarlyWarning:
             for name, values in found.items()
         }
 
-    def _detrended(self, traces: Array) -> Array:
+    def detrended(self, traces: Array) -> Array:
+        """Traces without their slow part, (traces, points)."""
         n = traces.shape[1]
         offset = (np.arange(n)[None] - np.arange(n)[:, None]) / (self.bandwidth * n)
         kernel = np.exp(-0.5 * offset**2)
         return traces - traces @ (kernel / kernel.sum(1, keepdims=True)).T
 
-    def _surrogates(self, rest: Array, rho: float, rng: np.random.Generator) -> Array:
+    def null_traces(self, rest: Array, rho: float, rng: np.random.Generator) -> Array:
+        """Surrogates of a detrended trace of this autocorrelation, before they are detrended: (surrogates, points)."""
         n = len(rest)
         if self.kind == "ar1":
             # Detrending draws the autocorrelation down; surrogates get what they need to show the same after it.
             candidates = np.linspace(0, 0.98, 15)
             shown = [
-                _lag1(self._detrended(ar1_noise(40, n, one, np.random.default_rng(self.seed)))).mean()
+                _lag1(self.detrended(ar1_noise(40, n, one, np.random.default_rng(self.seed)))).mean()
                 for one in candidates
             ]
             return ar1_noise(self.surrogates, n, float(np.interp(rho, np.maximum.accumulate(shown), candidates)), rng)

@@ -24,11 +24,13 @@ from .gradient_sign import GradientSign, gradient_sign
 from .heads import DormantHeads, dormant_heads, head_ablation_by_domain
 from .histogram import Histogram
 from .icl import bma, bma_gap, icl_regret, regret_slope, ridge_prediction
+from .induction import InductionScore
 from .invariance import Invariance, measure_invariance
 from .kurtosis import Kurtosis
 from .layer_gradients import GradientSpectrum, layer_gradients
 from .linear_layers import as_dsf, attention_to_dsf, gated_rnn, random_features, selective_ssm, taylor_features
 from .linear_systems import DSF
+from .logit_max import AttentionLogitMax
 from .loss import NextTokenLoss
 from .matrix_entropy import MatrixEntropy
 from .mutual_information import AdaptiveEdges, MutualInformation, compression
@@ -72,6 +74,7 @@ __all__ = [
     "ActivationScale",
     "AdaptiveEdges",
     "AttentionEntropy",
+    "AttentionLogitMax",
     "AttentionProgress",
     "CentreAgreement",
     "Contribution",
@@ -93,6 +96,7 @@ __all__ = [
     "GradientSpectrum",
     "Histogram",
     "HypersphericalEnergy",
+    "InductionScore",
     "Invariance",
     "Kurtosis",
     "LatentTrajectory",

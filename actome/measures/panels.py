@@ -16,6 +16,7 @@ from .drains import ResidualPeak, ValueDrain
 from .extremes import MassiveActivations, OutlierChannels
 from .histogram import Histogram
 from .kurtosis import Kurtosis
+from .logit_max import AttentionLogitMax
 from .loss import NextTokenLoss
 from .matrix_entropy import MatrixEntropy
 from .pathways import PathwayConsistency, PathwayDistance
@@ -139,6 +140,22 @@ _UNCERTAINTY = Panel(
     about="how sure the model is of the next token, and how right it is to be so",
     entries=((_LOGITS, (TokenUncertainty, RepetitionFrequency)),),
 )
+# Taken again and again while a model trains, so no wider matrices than this: their eigenvalues cost the most.
+_training_spectrum = partial(Spectrum, max_width=1024)
+_TRAINING = Panel(
+    name="training",
+    about="what is to be watched while a model trains: what grows, dies, collapses or comes up",
+    entries=(
+        (_POST, (ActivationScale, MassiveActivations, _training_spectrum, TokenCollapse)),
+        (_ACT, (ActivationScale, Sparsity, DeadUnits)),
+        (("blocks.*.attn.scores",), (AttentionLogitMax,)),
+        (_PATTERN, (SinkScore,)),
+        (_WEIGHTS, (ExpertLoad, PathwayDistance)),
+        (_ROUTER, (RouterEntropy,)),
+        (_LOGITS, (ActivationScale, NextTokenLoss, RepetitionFrequency)),
+    ),
+    fallback=((_MODULES, (ActivationScale, Sparsity, DeadUnits)),),
+)
 
 # What another measure of `all` says as well.
 _SAID_BY_OTHERS = {EffectiveRank, NextTokenLoss}
@@ -163,5 +180,9 @@ _PARTS = (_HEALTH, _SPARSITY, _GEOMETRY, _ATTENTION, _EXPERTS, _QUANTISATION, _U
 
 PANELS: dict[str, Panel] = {
     panel.name: panel
-    for panel in (*_PARTS, _union("all", "everything that one pass can say: all of the other panels together", *_PARTS))
+    for panel in (
+        *_PARTS,
+        _TRAINING,
+        _union("all", "everything that one pass can say of a model: all of the panels but `training`", *_PARTS),
+    )
 }

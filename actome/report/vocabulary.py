@@ -379,6 +379,9 @@ _BY_GROUP: dict[str, dict[str, Word]] = {
         "sink_rate": Word(
             "Sink rate", "Share of sequences in which a head is a sink.", "share", "sink rate", drawn=False
         ),
+        "attention_logit_max": Word("Largest attention logit", "What enters the softmax, at its largest."),
+        "previous_token": Word("Attention to the token before", "Mean weight on it.", "share"),
+        "induction": Word("Induction", "Mean weight on what followed this token's last occurrence.", "share"),
         "attention_entropy": Word("Attention entropy", "0: one key; 1: all visible keys alike.", short="entropy"),
         "value_drain": Word(
             "Drained values",

@@ -69,6 +69,31 @@ def target_loss(module: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(out.flatten(0, -2), targets.flatten(), ignore_index=IGNORE)
 
 
+def z_loss(module: nn.Module, tokens_NT: Tensor, mask_NT: Tensor | None = None, *, weight: float = 1e-4) -> Tensor:
+    """`next_token_loss` plus weight times the mean of (log Z)^2, which holds output logits near log-probabilities.
+
+    Z is the sum of the exponentials of a position's logits, over the positions whose next token counts.
+
+    Args:
+        module, tokens_NT, mask_NT: as for `next_token_loss`.
+        weight: 1e-4 in the paper.
+
+    Source: Chowdhery et al. 2022, PaLM; Wortsman et al. 2024, Small-scale proxies for large-scale Transformer training
+    instabilities, section 3.1.2.
+
+    >>> flat = torch.nn.Embedding.from_pretrained(torch.zeros(4, 4))                 # log Z = ln 4 everywhere
+    >>> tokens = torch.tensor([[0, 1, 2]])
+    >>> round(float(z_loss(flat, tokens, weight=1.0) - next_token_loss(flat, tokens)), 4)       # (ln 4)^2
+    1.9218
+    """
+    logits_NTV = logits_of(module(tokens_NT[:, :-1]))
+    targets_NT = tokens_NT[:, 1:] if mask_NT is None else tokens_NT[:, 1:].masked_fill(~mask_NT[:, 1:], IGNORE)
+    log_z_NT = logits_NTV.float().logsumexp(-1)
+    counts_NT = targets_NT != IGNORE
+    square = (log_z_NT.square() * counts_NT).sum() / counts_NT.sum()
+    return F.cross_entropy(logits_NTV.flatten(0, -2), targets_NT.flatten(), ignore_index=IGNORE) + weight * square
+
+
 def default_loss(module: nn.Module, *batch: Tensor) -> Tensor:
     """The loss that a batch calls for: tokens; tokens with a bool mask of what counts; or inputs with targets."""
     if len(batch) == 1 or batch[1].dtype == torch.bool:

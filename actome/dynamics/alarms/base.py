@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 Level = Literal["info", "warning", "critical"]
+LEVELS: tuple[Level, ...] = ("info", "warning", "critical")
 
 
 class Reading(NamedTuple):
@@ -43,6 +44,8 @@ class Alarm:
         advice: what to do about it.
         evidence: the figures behind it, ready for JSON.
         source: the paper that describes it.
+        degree: how bad it is, on a scale of its kind that starts above 0; 0 where there is no more and less. An alarm
+            that stands is told again once its degree has doubled.
     """
 
     step: int
@@ -53,10 +56,14 @@ class Alarm:
     advice: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    degree: float = 0.0
 
 
 class Detector(ABC):
-    """Looks at a run sample by sample and raises alarms; one object a run, with memory of what it saw.
+    """Looks at a run sample by sample for one kind of trouble; one object a run, with memory of what it saw.
+
+    A detector says what holds; `Alarms` sees to it that nobody is told twice. Its memory is bounded, whatever the
+    length of the run.
 
     Attributes:
         name: of the alarms that it raises.
@@ -67,12 +74,16 @@ class Detector(ABC):
     needs: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def update(self, step: int, readings: Sequence[Reading]) -> list[Alarm]:
-        """Takes in what was read at a step, and tells what is new.
+    def update(self, step: int, readings: Sequence[Reading]) -> list[Alarm] | None:
+        """Takes in what was read at a step, and tells what holds now.
 
         Args:
-            step: larger than the last one, but for a run that went back to a checkpoint (`rewind`).
-            readings: all of this step; those of other measures are passed over.
+            step: not smaller than the last one, but for a run that went back to a checkpoint (`rewind`).
+            readings: of this step, those of the measures that it needs, or more.
+
+        Returns:
+            Every alarm that holds, the place where it began first; an empty list where all is well; None where these
+            readings do not suffice to tell, which leaves standing what stands.
         """
 
     @abstractmethod
