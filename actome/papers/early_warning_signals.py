@@ -39,8 +39,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     rate = {kind: {name: float((taus[kind][name] > level[name]).mean()) for name in INDICATORS} for kind in KINDS}
     deviance = {kind: ou_deviance(tool.detrended(made[kind].traces[:fitted])) for kind in ("fold", "noise", "none")}
     one = {
-        kind: ou_lr_test(tool.detrended(made[kind].traces[:1])[0], n_boot=boots, seed=seed)
-        for kind in ("fold", "none")
+        kind: ou_lr_test(tool.detrended(made[kind].traces[:1])[0], n_boot=boots, seed=seed) for kind in ("fold", "none")
     }
     surrogate = {kind: [tool.fit(trace) for trace in made[kind].traces[: fitted // 2]] for kind in ("fold", "none")}
     figures = {
@@ -53,7 +52,9 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
             kind: {"deviance": found.deviance, "p": found.p, "auc": found.auc, "power": found.power}
             for kind, found in one.items()
         },
-        "alarm_rate_by_surrogates": {kind: float(np.mean([f.alarm for f in found])) for kind, found in surrogate.items()},
+        "alarm_rate_by_surrogates": {
+            kind: float(np.mean([one.alarm for one in found])) for kind, found in surrogate.items()
+        },
     }  # fmt: skip
     noise = {name: auc["noise"][name] for name in ("variance", "ar1")}
     control = {
@@ -75,7 +76,6 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
 
 def _auc(scores: np.ndarray, stationary: np.ndarray) -> float:
     return auroc(np.concatenate([scores, stationary]), np.arange(len(scores) + len(stationary)) < len(scores))
-
 
 
 ENTRY = Entry(

@@ -21,11 +21,11 @@ class RankCollapse(Detector):
     """The effective rank of a site falls to a small part of what it was, and is low by itself.
 
     Both have to hold at `hold` samples in a row: the rank is below `fall` of the highest that two neighbouring samples
-    had so far, and below `share` of the site's width (or, where the width is not known, below `low` directions). Early in
-    training ranks fall and rise again in healthy runs, which stay above one or the other.
+    had so far, and below `share` of the site's width (or, where the width is not known, below `low` directions). Early
+    in training ranks fall and rise again in healthy runs, which stay above one or the other.
 
-    Where massive activations come up at the site (``massive_ratio`` above 100), a few coordinates take nearly all of the
-    variance, as they do in healthy language models: that is told as ``info``.
+    Where massive activations come up at the site (``massive_ratio`` above 100), a few coordinates take nearly all
+    of the variance, as they do in healthy language models: that is told as ``info``.
 
     Args:
         fall: of the highest rank so far.
@@ -97,7 +97,8 @@ class RankCollapse(Detector):
         owed = "; massive activations take the variance" if ratio > 100 else ""
         return Alarm(
             began, self.name,
-            f"the effective rank at {site} fell to {now:.3g}, from {most:.3g} at step {highest.step}{owed}", site, level,
+            f"the effective rank at {site} fell to {now:.3g}, from {most:.3g} at step {highest.step}{owed}", site,
+            level,
             "look whether all tokens have become alike there (TokenCollapse): lower the learning rate or the weight "
             "decay, and check the norms before this site", evidence,
             "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations by Their Rank",
@@ -107,10 +108,10 @@ class RankCollapse(Detector):
 class CollapsePlateau(Detector):
     """The loss stands still, while tokens look alike and outputs repeat: a plateau of the abrupt kind.
 
-    Three things hold at once over the last `window` samples: the loss did not fall (a line through it falls by less than
-    `fall` of its level over the window, and its slope is within the noise); the mean cosine between tokens is at least
-    `cosine` at some site; and outputs repeat (``repetition``) at `repetition` or more and three times as often as the
-    data do. Such a plateau often ends by itself in a jump, when attention has found its targets.
+    Three things hold at once over the last `window` samples: the loss did not fall (a line through it falls by less
+    than `fall` of its level over the window, and its slope is within the noise); the mean cosine between tokens is at
+    least `cosine` at some site; and outputs repeat (``repetition``) at `repetition` or more and three times as often as
+    the data do. Such a plateau often ends by itself in a jump, when attention has found its targets.
 
     Args:
         window: samples.
@@ -126,7 +127,9 @@ class CollapsePlateau(Detector):
 
     def __init__(self, window: int = 6, fall: float = 0.02, cosine: float = 0.9, repetition: float = 0.3):
         if window < 4 or not 0 < fall < 1 or not 0 < cosine < 1 or not 0 < repetition < 1:
-            raise MeasureError(f"window={window}, fall={fall}, cosine={cosine}, repetition={repetition}: want 4, shares")
+            raise MeasureError(
+                f"window={window}, fall={fall}, cosine={cosine}, repetition={repetition}: want 4, shares"
+            )
         self.window, self.fall, self.cosine, self.repetition = window, fall, cosine, repetition
         self._losses = Track(4096)  # the losses of each step, thinned to those since the first sample of the window
         self._samples = Track(window)
@@ -152,9 +155,7 @@ class CollapsePlateau(Detector):
         self._samples.add(step, 0.0)
         if min(len(self._samples), len(self._repeats)) < self.window:
             return None
-        alike = {
-            site: min(track.values) for site, track in self._cosines.items() if len(track) == self.window
-        }
+        alike = {site: min(track.values) for site, track in self._cosines.items() if len(track) == self.window}
         sites = in_forward_order([site for site, value in alike.items() if value >= self.cosine])
         repeats, data = min(self._repeats.values), max(self._data.values, default=0.0)
         if not sites or repeats < max(self.repetition, 3 * data):

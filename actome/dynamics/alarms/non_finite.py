@@ -48,12 +48,10 @@ class NonFinite(Detector):
             if one.measure == "loss_scale":
                 self._scaled = step if self._scaled is None else self._scaled
             elif one.measure in _ACTIVATIONS:
-                if not one.value == 0:  # NaN counts
+                if one.value != 0:  # NaN counts
                     bad["activations"].append(one.site)
             elif not math.isfinite(one.value):
-                kind = (
-                    "gradients" if one.measure in _GRADIENTS else "weights" if one.measure in _WEIGHTS else "loss"
-                )
+                kind = "gradients" if one.measure in _GRADIENTS else "weights" if one.measure in _WEIGHTS else "loss"
                 bad[kind].append(one.site)
         if not any(bad.values()):
             # Without activations at this step one cannot tell that they are well again.
@@ -83,7 +81,11 @@ class NonFinite(Detector):
 
     def _place(self, bad: dict[str, list[str | None]], measured: list[str]) -> str | None:
         """The site to name; None where everything is broken after an update, so that no site tells anything."""
-        if self._first is not None and len(measured) > 1 and in_forward_order(measured, self.order)[0] in bad["activations"]:
+        if (
+            self._first is not None
+            and len(measured) > 1
+            and in_forward_order(measured, self.order)[0] in bad["activations"]
+        ):
             return None
         for kind in ("activations", "gradients", "weights"):
             sites = in_forward_order([site for site in bad[kind] if site is not None], self.order)
@@ -118,8 +120,8 @@ _ADVICE = {
     "division by zero, an exponential or a square that overflows) and, in float16, at its largest activation",
     "gradients": "stop before the next update; look for a square root or logarithm at zero in this component's "
     "backward, clip the gradient, and under a loss scale lower it",
-    "weights": "stop and go back to the last checkpoint before this step; the update itself was not finite: look at the "
-    "optimizer's epsilon and its state",
+    "weights": "stop and go back to the last checkpoint before this step; the update itself was not finite: look at "
+    "the optimizer's epsilon and its state",
     "loss": "stop and go back to the last checkpoint before this step; measure the activations at this step to find "
     "where it began",
 }
