@@ -37,7 +37,7 @@ class Ablate(Clamp):
     "Causal scrubbing".
     """
 
-    reads_run: ClassVar[bool] = True  # the mean is over real tokens
+    needs_run: ClassVar[bool] = True  # the mean is over real tokens
     how: Literal["zero", "mean", "resample"] = "zero"
     source: Any = None
     seed: int = 0

@@ -76,11 +76,11 @@ class Clamp:
         steps: 0 is the forward that reads the prompt, k the one that reads the k-th generated token.
         when: a condition on another site, see `When`.
 
-    A subclass whose `transform` looks at ``place.run`` (its mask, its step) says so with ``reads_run = True``; otherwise
+    A subclass whose `transform` looks at ``place.run`` (its mask, its step) says so with ``needs_run = True``; otherwise
     what it finds there may be of an earlier forward.
     """
 
-    reads_run: ClassVar[bool] = False
+    needs_run: ClassVar[bool] = False
     site: str
     _: KW_ONLY
     positions: Any = None

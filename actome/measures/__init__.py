@@ -24,6 +24,7 @@ from .gradient_sign import GradientSign, gradient_sign
 from .heads import DormantHeads, dormant_heads, head_ablation_by_domain
 from .histogram import Histogram
 from .icl import bma, bma_gap, icl_regret, regret_slope, ridge_prediction
+from .induction_strength import InductionStrength
 from .invariance import Invariance, measure_invariance
 from .kurtosis import Kurtosis
 from .layer_gradients import GradientSpectrum, layer_gradients
@@ -93,6 +94,7 @@ __all__ = [
     "GradientSpectrum",
     "Histogram",
     "HypersphericalEnergy",
+    "InductionStrength",
     "Invariance",
     "Kurtosis",
     "LatentTrajectory",
