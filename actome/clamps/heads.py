@@ -68,7 +68,7 @@ def pattern_preserving_ablation(
     if not clamps:
         raise ClampError(f"heads={dict(heads)!r} with which={which!r} leaves nothing to silence")
     first = int(re.findall(r"\d+", clamps[0].site)[0])
-    later = [site.name for site in model.match("blocks.*.attn.pattern") if site.layer is not None and site.layer > first]
+    later = [site.name for site in model.match("blocks.*.attn.pattern") if (site.layer or 0) > first]
     if later:
         patterns = model.record(inputs, later)
         clamps += [Patch(name, patterns) for name in later]

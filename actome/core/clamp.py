@@ -76,8 +76,8 @@ class Clamp:
         steps: 0 is the forward that reads the prompt, k the one that reads the k-th generated token.
         when: a condition on another site, see `When`.
 
-    A subclass whose `transform` looks at ``place.run`` (its mask, its step) says so with ``needs_run = True``; otherwise
-    what it finds there may be of an earlier forward.
+    A subclass whose `transform` looks at ``place.run`` (its mask, its step) says so with ``needs_run = True``;
+    otherwise what it finds there may be of an earlier forward.
     """
 
     needs_run: ClassVar[bool] = False

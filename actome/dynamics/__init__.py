@@ -7,17 +7,24 @@
 - `change_point`, `segments`, `turning_points`, `plateaus`, `first_passage`, `lead_time`, `delay`: dates of a curve
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
 - `EarlyWarning`: whether a jump was announced
+- `phase_change`, `steps_to`: how abrupt a change is; which arm of an experiment gets there first
+- `icl_iwl`, `InductionHeadODE`, `RankOneTensor`: learning in context or in weights; small models of abrupt learning
 """
 
+from .arms import Ratio, StepsTo, steps_to
 from .changepoints import ChangePoint, change_point
 from .curves import Trend, emergence_score, required_items, trend, wilson
 from .dates import Delay, Lead, Passage, delay, first_passage, lead_time
 from .early_warning import EarlyWarning, Warnings
+from .icl_iwl import Competition, icl_iwl
+from .induction_ode import InductionHeadODE
 from .law_checks import Bootstrap, Control, Extrapolation, LawComparison, compare_laws, control, extrapolate
 from .law_families import LAWS, Law
 from .laws import LawFit, fit_law
 from .merge import merge
 from .mirage import MetricSwap, metric_swap
+from .phase_change import PhaseChange, phase_change
+from .rank_one import RankOneTensor
 from .recover import Recovered, recover
 from .segments import Segments, segments
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
@@ -31,11 +38,13 @@ __all__ = [
     "LAWS",
     "Bootstrap",
     "ChangePoint",
+    "Competition",
     "Control",
     "Delay",
     "EarlyWarning",
     "EvalVariance",
     "Extrapolation",
+    "InductionHeadODE",
     "Law",
     "LawComparison",
     "LawFit",
@@ -43,12 +52,16 @@ __all__ = [
     "MetricSwap",
     "News",
     "Passage",
+    "PhaseChange",
     "Plateau",
+    "RankOneTensor",
+    "Ratio",
     "Recovered",
     "RunStore",
     "RunWriter",
     "Segments",
     "Sink",
+    "StepsTo",
     "TensorBoardSink",
     "TrackioSink",
     "Trend",
@@ -63,14 +76,17 @@ __all__ = [
     "extrapolate",
     "first_passage",
     "fit_law",
+    "icl_iwl",
     "lead_time",
     "merge",
     "metric_swap",
+    "phase_change",
     "plateaus",
     "recover",
     "required_items",
     "segments",
     "smooth",
+    "steps_to",
     "trend",
     "turning_points",
     "wilson",
