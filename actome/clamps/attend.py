@@ -40,7 +40,7 @@ class AttendTo(Clamp):
         >>> seen[0, 1].diagonal(-1).tolist() == [1.0] * (seen.shape[-1] - 1)
         True
 
-    Source: Singh et al. 2024, What needs to go right for an induction head?, section 2.3 (clamping of patterns).
+    Source: Singh et al. 2024, What needs to go right for an induction head? (clamping of patterns).
     """
 
     needs_run: ClassVar[bool] = True  # padding says which token is the first

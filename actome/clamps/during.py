@@ -134,7 +134,7 @@ def clamp_during(model: Model, *clamps: Clamp, on: Steps = None) -> ClampSchedul
         >>> schedule.fired
         3
 
-    Source: Singh et al. 2024, What needs to go right for an induction head?, section 2.3; with a step from which on,
-    Gopalani and Hu 2025, What Happens During the Loss Plateau?, section 4.
+    Source: Singh et al. 2024, What needs to go right for an induction head?; from a step on, Gopalani and Hu 2025,
+    What Happens During the Loss Plateau?
     """
     return ClampSchedule(model, clamps, on)

@@ -46,8 +46,7 @@ def pattern_preserving_ablation(
         >>> with model.clamp(*clamps):
         ...     logits = model.logits("The file is")
 
-    Source: Singh et al. 2024, What needs to go right for an induction head?, section 3.2 (pattern-preserving
-    ablations).
+    Source: Singh et al. 2024, What needs to go right for an induction head? (pattern-preserving ablations).
     """
     if which not in ("silence", "only"):
         raise ClampError(f"which={which!r}; choose 'silence' or 'only'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ class Ratio:
     """How many times as long one arm takes as another, run by run.
 
     Attributes:
-        median, low, high: over runs, with a bootstrap interval; infinite where the arm did not get there.
+        median, low, high: over runs, with a bootstrap interval; infinite where the arm did not get there, NaN when
+            neither did in any run.
         runs: each; 0 where only the other arm did not get there, NaN where neither did.
         at_least: each run's least possible ratio: for an arm that did not get there, the last step that it was seen at
             over the other's date. 0 where the other's date is not known.
@@ -53,7 +55,7 @@ class StepsTo:
         """How many times as long `arm` takes as `to`, over runs paired by their order.
 
         Raises:
-            MeasureError: an arm that there is not, different numbers of runs, or no run in which either got there.
+            MeasureError: an arm that there is not, or different numbers of runs.
         """
         for name in (arm, to):
             if name not in self.arms:
@@ -67,7 +69,7 @@ class StepsTo:
             at_least = np.where(np.isinf(b), 0.0, seen / b)
         known = runs[~np.isnan(runs)]
         if not len(known):
-            raise MeasureError(f"neither {arm} nor {to} got to {self.threshold:g} in any run; train for longer")
+            return Ratio(math.nan, math.nan, math.nan, math.nan, tuple(runs.tolist()), tuple(at_least.tolist()))
         low, high = _median_interval(known, level, resamples, seed)
         faster = float((known < 1).mean() + 0.5 * (known == 1).mean())
         return Ratio(_median(known), low, high, faster, tuple(runs.tolist()), tuple(at_least.tolist()))

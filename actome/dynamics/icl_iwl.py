@@ -59,7 +59,7 @@ def icl_iwl(
         MeasureError: a world with redrawn labels or without a `dim`, or a module with another number of outputs.
 
     Source: Reddy 2024, The mechanistic basis of data dependence and abrupt learning in an in-context classification
-    task, section 2.1 (metrics) and 3.3 (context-label and target-label accuracy).
+    task (in-context and in-weights accuracy, context-label and target-label accuracy).
 
     Example:
         >>> from actome.tasks import Subject, SubjectConfig

@@ -35,7 +35,7 @@ class InductionHeadODE:
     the match, and then the previous-token head, worth learning.
 
     The source gives the model in outline; counting the tokens that each label sees, and averaging over t, are ours.
-    What a label holds of earlier exemplars is left out: with it, "the label that does not hold it" is a second solution.
+    What a label holds of earlier exemplars is left out: it allows a second solution, the label that does not hold it.
 
     Args:
         pairs: N.
@@ -46,7 +46,7 @@ class InductionHeadODE:
         MeasureError: no pairs, or fewer labels than pairs.
 
     Source: Reddy 2024, The mechanistic basis of data dependence and abrupt learning in an in-context classification
-    task, section 3.5 (three nested logits).
+    task (the phenomenological model of three nested logits).
 
     Example:
         >>> from actome.dynamics import first_passage

@@ -76,7 +76,7 @@ def phase_change(
     (400, 355.0, 90.0)
     >>> smooth = phase_change(steps, np.exp(-steps / 200))  # it falls from the start
     >>> round(smooth.ratio, 2)
-    0.11
+    0.13
 
     Source: the ratio, as a caution, is ours. Phase changes of in-context learning: Olsson et al. 2022, In-context
     Learning and Induction Heads; Singh et al. 2024, What needs to go right for an induction head?; plateau and jump:

@@ -32,9 +32,8 @@ class InductionStrength(Measure):
     Raises:
         MeasureError: no copies, copies of another shape, or padding: prompts have one length.
 
-    Source: Singh et al. 2024, What needs to go right for an induction head?, section 3 (induction strength and
-    previous-token strength); Reddy 2024, The mechanistic basis of data dependence and abrupt learning, section 3.3
-    (progress measures).
+    Source: Singh et al. 2024, What needs to go right for an induction head? (induction strength and previous-token
+    strength); Reddy 2024, The mechanistic basis of data dependence and abrupt learning (progress measures).
 
     Example:
         >>> pattern = torch.eye(5)[None, None].clone()

@@ -229,6 +229,21 @@ class InContextClassification:
         tokens_B2N = torch.stack((classes_BQ, self.classes + labels_BQ), 2).flatten(1)[:, :-1]
         return Labelled(tokens_B2N, items_BQD, classes_BQ, labels_BQ, order_BN == 0)
 
+    def copied(self, prompts: Labelled, pattern_BHQS: Tensor) -> Tensor:
+        """Logits of a perfect copier: for each label the attention that the query pays it, [B, labels].
+
+        Args:
+            prompts: whose labels are copied.
+            pattern_BHQS: attention (batch, head, query, key), summed over its heads; gradients flow through it.
+
+        Labels that the prompt does not show have the logit -inf.
+        """
+        shown_BN = prompts.labels[:, :-1].to(pattern_BHQS.device)
+        paid_BN = pattern_BHQS[:, :, -1, 1::2].sum(1)
+        logits_BL = paid_BN.new_zeros(len(shown_BN), self.labels).scatter_add(1, shown_BN, paid_BN)
+        seen_BL = torch.zeros_like(logits_BL, dtype=torch.bool).scatter(1, shown_BN, True)
+        return logits_BL.masked_fill(~seen_BL, -torch.inf)
+
     def answer(self, prompts: Labelled, redrawn: bool | None = None) -> Tensor:
         """Exact P(label of the query | prompt) for one who can tell the classes apart, [B, labels], float64.
 
