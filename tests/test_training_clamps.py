@@ -110,12 +110,12 @@ def test_what_attention_cannot_be_told_is_refused(model):
         AttendTo(PATTERN, "next")
     with pytest.raises(ClampError, match="a tensor or a function, not 3"):
         AttendTo(PATTERN, 3)
-    with pytest.raises(ClampError, match=r"shape \(5, 5\) do not fit; give \(query, key\) = \(6, 6\)"):
-        with model.clamp(AttendTo(PATTERN, torch.eye(5))):
-            model.logits(ids())
-    with pytest.raises(ClampError, match=r"attn.z is no attention pattern"):
-        with model.clamp(AttendTo("blocks.0.attn.z", "self")):
-            model.logits(ids())
+    wrong_size, wrong_site = AttendTo(PATTERN, torch.eye(5)), AttendTo("blocks.0.attn.z", "self")
+    message = r"shape \(5, 5\) do not fit; give \(query, key\) = \(6, 6\)"
+    with pytest.raises(ClampError, match=message), model.clamp(wrong_size):
+        model.logits(ids())
+    with pytest.raises(ClampError, match=r"attn\.z is no attention pattern"), model.clamp(wrong_site):
+        model.logits(ids())
 
 
 def test_scaled_entries_of_linear_attention_scale_what_they_add():
@@ -210,9 +210,9 @@ def test_schedules_that_do_nothing_are_faults():
         clamp_during(model)
     with pytest.raises(ClampError, match="on=5: give the steps as a range, a slice"):
         clamp_during(model, clamp, on=5)
-    with pytest.raises(ClampError, match="was never told of a step; give it as train"):
-        with clamp_during(model, clamp, on=range(2)):
-            net(torch.ones(1, 2))
+    untold = clamp_during(model, clamp, on=range(2))
+    with pytest.raises(ClampError, match="was never told of a step; give it as train"), untold:
+        net(torch.ones(1, 2))
     with pytest.raises(ClampError, match="never came on: the training ended after 8 steps"):
         zero_steps(range(20, 30))
     with pytest.raises(ClampError, match="never fired: no forward"), clamp_during(model, clamp):
