@@ -40,7 +40,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
         accuracy, probes = _run(one, most, probe=True)
         for name, value in _anatomy(accuracy, probes).items():
             told.setdefault(name, []).append(value)
-        end = first_passage(*accuracy, threshold=THRESHOLD).at
+        end = first_passage(*accuracy, threshold=THRESHOLD, rising=True).at
         slow = round(min(1.6 * end, most))
         for name, curve in {
             "unclamped": accuracy,
@@ -142,10 +142,10 @@ def _probe(model: ac.Model, world: MovingSum, tokens: torch.Tensor, needed: torc
 
 def _anatomy(accuracy: tuple[np.ndarray, np.ndarray], probes: dict[str, list[float]]) -> dict[str, float]:
     """What the probes say in the middle of the plateau and at the end."""
-    end = first_passage(*accuracy, threshold=THRESHOLD).at
+    end = first_passage(*accuracy, threshold=THRESHOLD, rising=True).at
     steps = np.array(probes["step"])
     middle = int(np.abs(steps - min(end, steps[-1]) / 2).argmin())
-    half = first_passage(*accuracy, threshold=0.5).at
+    half = first_passage(*accuracy, threshold=0.5, rising=True).at
     progress = first_passage(steps, probes["progress"], share=0.5).at if len(steps) > 1 else float("inf")
     return {
         "repetition_on_plateau": probes["repetition"][middle],
