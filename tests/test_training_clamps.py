@@ -118,6 +118,22 @@ def test_what_attention_cannot_be_told_is_refused(model):
         model.logits(ids())
 
 
+def test_an_encoder_has_its_own_padding_and_another_text_no_token_before():
+    model = ac.wrap(TINY["t5"]())
+    tokens, mask = ids(2, 5) + 3, torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    batch = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens[:, :3]}
+    site = "encoder.blocks.0.attn.pattern"
+    free = model.record(batch, site)[site]
+    with model.clamp(AttendTo(site, "previous")):
+        told = model.record(batch, site)[site]
+    assert told[:, 0, 1, 0].tolist() == [1.0, 1.0]
+    assert told[0, 0, 4, 3] == 1.0
+    assert torch.equal(told[1, :, 3:], free[1, :, 3:])
+    cross = AttendTo("decoder.blocks.0.cross.pattern", "self")
+    with pytest.raises(ClampError, match="looks at another text, with no 'self' token"), model.clamp(cross):
+        model.module(**batch)
+
+
 def test_scaled_entries_of_linear_attention_scale_what_they_add():
     linear = ac.wrap(subject(attention="linear", heads=1, layers=1))
     needed = torch.zeros(6, 6, dtype=torch.bool)

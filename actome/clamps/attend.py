@@ -57,7 +57,10 @@ class AttendTo(Clamp):
         if not place.site.name.endswith(".pattern"):
             raise ClampError(f"{place.site.name} is no attention pattern; AttendTo sets attn.pattern")
         if isinstance(self.keys, str):
-            wanted = _named(self.keys, x, place.run.mask)
+            if ".cross." in place.site.name:
+                raise ClampError(f"{place.site.name} looks at another text, with no {self.keys!r} token; give keys")
+            mask_BS = place.run.source if place.site.stack == "encoder" else place.run.mask
+            wanted = _named(self.keys, x, mask_BS)
         else:
             wanted = self.keys if isinstance(self.keys, Tensor) else self.keys(x)
         B, _, Q, S = x.shape
@@ -84,7 +87,7 @@ def _named(keys: str, x: Tensor, mask_BS: Tensor | None) -> Tensor:
     before_QS = torch.nn.functional.one_hot((place_Q - 1).clamp_min(0), S).bool()
     if mask_BS is None:
         return before_QS
-    mask_BS = mask_BS.to(x.device)
+    mask_BS = mask_BS.to(x.device).bool()
     first_BQ = place_Q == mask_BS.long().argmax(-1, keepdim=True)
     own_QS = torch.nn.functional.one_hot(place_Q, S).bool()
     seen_BQS = torch.where(first_BQ[..., None], own_QS, before_QS)
