@@ -78,8 +78,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
             a < b for a, b in zip(half, told["accuracy_passes_half_at"], strict=True)
         ),
         "needed entries times 10: 0.6 of the steps or fewer": max(times["needed entries times 10"].runs) <= 0.6,
-        "needed entries times 0.5: 1.5 times the steps or more": min(times["needed entries times 0.5"].at_least)
-        >= 1.5,
+        "needed entries times 0.5: 1.5 times the steps or more": min(times["needed entries times 0.5"].at_least) >= 1.5,
         "control: copying has a plateau of at most 0.2 of that length": all(
             b <= 0.2 * a for a, b in zip(plateaus["window"], plateaus["copy"], strict=True)
         ),
