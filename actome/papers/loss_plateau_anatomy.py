@@ -27,28 +27,28 @@ from actome.tasks import Subject, SubjectConfig, train
 from actome.tasks.moving_sum import MovingSum
 from actome.tasks.trials import trial_seeds
 
-BATCH, EVERY, THRESHOLD = 96, 10, 0.9
+EVERY, THRESHOLD = 10, 0.9
 PATTERN, LAST = "blocks.0.attn.pattern", "blocks.0.resid.post"
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    count, most = (1, 30) if scale == "smoke" else (3, 600)
+    count, most, batch = (1, 20, 32) if scale == "smoke" else (3, 600, 96)
     arms: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     told: dict[str, list[float]] = {}
     plateaus: dict[str, list[float]] = {"window": [], "copy": []}
     for one in trial_seeds(seed, count):
-        accuracy, probes = _run(one, most, probe=True)
+        accuracy, probes = _run(one, most, batch, probe=True)
         for name, value in _anatomy(accuracy, probes).items():
             told.setdefault(name, []).append(value)
         end = first_passage(*accuracy, threshold=THRESHOLD, rising=True).at
         slow = round(min(1.55 * end, most))
         for name, curve in {
             "unclamped": accuracy,
-            "needed entries times 10": _run(one, most, factor=10.0)[0],
+            "needed entries times 10": _run(one, most, batch, factor=10.0)[0],
             # No further than what the claim asks about.
-            "needed entries times 0.5": _run(one, slow, factor=0.5)[0],
-            "attention set to what is needed": _run(one, most, attend=True)[0],
-            "copy": _run(one, most, rule="copy")[0],
+            "needed entries times 0.5": _run(one, slow, batch, factor=0.5)[0],
+            "attention set to what is needed": _run(one, most, batch, attend=True)[0],
+            "copy": _run(one, most, batch, rule="copy")[0],
         }.items():
             arms.setdefault(name, []).append(curve)
         # Training stops soon after the jump, so that the last level is seen for a few steps only.
@@ -75,7 +75,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
         "after the jump repetition is 0.1 or less": max(told["repetition_after"]) <= 0.1,
         "and the cosine 0.3 or less": max(told["cosine_after"]) <= 0.3,
         "attention is half way before accuracy passes 0.5, in every seed": all(
-            a < b for a, b in zip(half, told["accuracy_passes_half_at"], strict=True)
+            a < b < np.inf for a, b in zip(half, told["accuracy_passes_half_at"], strict=True)
         ),
         "needed entries times 10: 0.6 of the steps or fewer": max(times["needed entries times 10"].runs) <= 0.6,
         "needed entries times 0.5: 1.5 times the steps or more": min(times["needed entries times 0.5"].at_least) >= 1.5,
@@ -87,8 +87,9 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
 
 
 def _run(
-    seed: int, steps: int, *, rule: Any = "window", factor: float = 1.0, attend: bool = False, probe: bool = False
-) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, list[float]]]:
+    seed: int, steps: int, batch: int, *, rule: Any = "window", factor: float = 1.0, attend: bool = False,
+    probe: bool = False,
+) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, list[float]]]:  # fmt: skip
     """Accuracy on each step's fresh sequences before the step, and what probes found every few steps."""
     world = MovingSum(rule=rule)
     config = SubjectConfig(
@@ -119,7 +120,7 @@ def _run(
         clamps = [ac.Scale(PATTERN, torch.where(needed, factor, 1.0))]
     with model.clamp(*clamps) if clamps else nullcontext():
         train(
-            subject, lambda step: world.sample(BATCH, seed + step), steps, loss=loss, lr=1e-3, warmup=0,
+            subject, lambda step: world.sample(batch, seed + step), steps, loss=loss, lr=1e-3, warmup=0,
             schedule="constant", seed=seed, on_step=on_step,
         )  # fmt: skip
     return (np.arange(len(hits), dtype=float), np.array(hits)), probes
