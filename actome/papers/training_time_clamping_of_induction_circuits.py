@@ -57,7 +57,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     dates = steps_to(runs, THRESHOLD)
     ratios = {name: dates.ratio(name, to="unclamped") for name in ARMS if name != "unclamped"}
     phases = [phase_change(*curve, bandwidth=0.01) for curve in runs["unclamped"]]
-    toy = {len(held): _toy(held, seed) for held in ((), (2,), (1, 2))}
+    toy = {len(held): _toy(held, seed, 300 if scale == "smoke" else 3000) for held in ((), (2,), (1, 2))}
     figures = {
         "steps_to_0.9": {name: list(dates.arms[name].runs) for name in ARMS if name not in WRONG},
         "times_unclamped": {name: list(one.runs) for name, one in ratios.items() if name not in WRONG},
@@ -153,8 +153,8 @@ def _accuracy(model: ac.Model, world: InContextClassification, prompts: Labelled
     return float((chosen == prompts.labels[:, -1]).float().mean())
 
 
-def _toy(held: tuple[int, ...], seed: int) -> float:
-    curve = RankOneTensor(seed=seed).run(3000, clamped=held)
+def _toy(held: tuple[int, ...], seed: int, steps: int) -> float:
+    curve = RankOneTensor(seed=seed).run(steps, clamped=held)
     return phase_change(curve["step"], curve["loss"], least=0.01).ratio
 
 
