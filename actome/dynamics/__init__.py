@@ -11,12 +11,12 @@
 - `icl_iwl`, `InductionHeadODE`, `RankOneTensor`: learning in context or in weights; small models of abrupt learning
 """
 
-from .arms import Ratio, StepsTo, steps_to
+from .arms import StepsRatio, StepsTo, steps_to
 from .changepoints import ChangePoint, change_point
 from .curves import Trend, emergence_score, required_items, trend, wilson
 from .dates import Delay, Lead, Passage, delay, first_passage, lead_time
 from .early_warning import EarlyWarning, Warnings
-from .icl_iwl import Competition, icl_iwl
+from .icl_iwl import ContextOrWeights, icl_iwl
 from .induction_ode import InductionHeadODE
 from .law_checks import Bootstrap, Control, Extrapolation, LawComparison, compare_laws, control, extrapolate
 from .law_families import LAWS, Law
@@ -38,7 +38,7 @@ __all__ = [
     "LAWS",
     "Bootstrap",
     "ChangePoint",
-    "Competition",
+    "ContextOrWeights",
     "Control",
     "Delay",
     "EarlyWarning",
@@ -55,12 +55,12 @@ __all__ = [
     "PhaseChange",
     "Plateau",
     "RankOneTensor",
-    "Ratio",
     "Recovered",
     "RunStore",
     "RunWriter",
     "Segments",
     "Sink",
+    "StepsRatio",
     "StepsTo",
     "TensorBoardSink",
     "TrackioSink",

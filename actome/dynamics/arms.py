@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class StepsRatio:
     """How many times as long one arm takes as another, run by run.
 
     Attributes:
@@ -51,7 +51,7 @@ class StepsTo:
     arms: dict[str, Passage]
     ends: dict[str, tuple[float, ...]] = field(repr=False)
 
-    def ratio(self, arm: str, to: str, *, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> Ratio:
+    def ratio(self, arm: str, to: str, *, level: float = 0.95, resamples: int = 1000, seed: int = 0) -> StepsRatio:
         """How many times as long `arm` takes as `to`, over runs paired by their order.
 
         Raises:
@@ -69,10 +69,10 @@ class StepsTo:
             at_least = np.where(np.isinf(b), 0.0, seen / b)
         known = runs[~np.isnan(runs)]
         if not len(known):
-            return Ratio(math.nan, math.nan, math.nan, math.nan, tuple(runs.tolist()), tuple(at_least.tolist()))
+            return StepsRatio(math.nan, math.nan, math.nan, math.nan, tuple(runs.tolist()), tuple(at_least.tolist()))
         low, high = _median_interval(known, level, resamples, seed)
         faster = float((known < 1).mean() + 0.5 * (known == 1).mean())
-        return Ratio(_median(known), low, high, faster, tuple(runs.tolist()), tuple(at_least.tolist()))
+        return StepsRatio(_median(known), low, high, faster, tuple(runs.tolist()), tuple(at_least.tolist()))
 
     def table(self) -> pd.DataFrame:
         """One row for each arm and run: arm, run, steps (infinite when censored), last."""

@@ -14,7 +14,7 @@ from actome.tasks.losses import logits_of
 
 
 @dataclass(frozen=True)
-class Competition:
+class ContextOrWeights:
     """Accuracies of a model that may answer from the context or from its weights.
 
     Attributes:
@@ -40,7 +40,7 @@ class Competition:
 def icl_iwl(
     module: nn.Module, world: InContextClassification, *, sequences: int = 1000, seed: int = 0,
     encode: Callable[[Labelled], Tensor] | None = None,
-) -> Competition:  # fmt: skip
+) -> ContextOrWeights:  # fmt: skip
     """Tests learning in context and in weights apart from one another.
 
     The three sets of prompts are drawn here and none is one that was trained on as long as the seed is another; the
@@ -82,7 +82,7 @@ def icl_iwl(
     logits_BL = _logits(module, encode(novel), world.labels)
     seen_BL = torch.zeros(logits_BL.shape, dtype=torch.bool).scatter_(1, novel.labels[:, :-1], True)
     against = _logits(module, encode(swapped), world.labels).argmax(-1)
-    return Competition(
+    return ContextOrWeights(
         icl=_share(logits_BL.argmax(-1) == novel.labels[:, -1]),
         iwl=_share(_logits(module, encode(hidden), world.labels).argmax(-1) == hidden.labels[:, -1]),
         swapped=_share(against == swapped.labels[:, -1]),

@@ -108,7 +108,9 @@ def _of_run(
     """Date, length of the plateau, length of the change, level before and after."""
     none = (math.inf, math.nan, math.nan, math.nan, math.nan)
     size = float(np.ptp(y))
-    last = _still(y[::-1], tolerance * size)[0][1]  # counted from the end
+    back = y[::-1]
+    span = np.maximum.accumulate(back) - np.minimum.accumulate(back)
+    last = int(np.searchsorted(span, tolerance * size * (1 + 1e-12), side="right")) - 1  # counted from the end
     if size == 0 or x[-1] - x[-1 - last] < least * (x[-1] - x[0]):
         return none
     after = float(y[len(y) - 1 - last :].mean())
