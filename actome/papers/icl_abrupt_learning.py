@@ -26,7 +26,7 @@ from actome.tasks.trials import trial_seeds
 
 BATCH, EVERY, CHUNK = 64, 10, 50
 # Classes, copies of the query's class in the context, steps.
-ARMS = {"many, shown": (2048, 1, 800), "many, not shown": (2048, 0, 3000), "few, shown": (16, 1, 800)}
+ARMS = {"many, shown": (2048, 1, 500), "many, not shown": (2048, 0, 4000), "few, shown": (16, 1, 500)}
 STARTS = (-3.0, -2.0, -1.0, 0.0, 1.0)
 
 
@@ -84,7 +84,7 @@ def _trained(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Progress over steps where it is asked for, and the last accuracies."""
     config = SubjectConfig(
-        vocab=world.labels, d_in=world.dim, d_model=64, layers=2, heads=4, mlp="none", norm="layer", init=1.0,
+        vocab=world.labels, d_in=world.dim, d_model=64, layers=2, heads=4, mlp="none", norm="layer",
         context=2 * world.pairs + 1,
     )  # fmt: skip
     subject = Subject.fresh(config, seed=seed)
