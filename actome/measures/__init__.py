@@ -25,6 +25,7 @@ from .heads import DormantHeads, dormant_heads, head_ablation_by_domain
 from .histogram import Histogram
 from .icl import bma, bma_gap, icl_regret, regret_slope, ridge_prediction
 from .induction import InductionScore
+from .induction_strength import InductionStrength
 from .invariance import Invariance, measure_invariance
 from .kurtosis import Kurtosis
 from .layer_gradients import GradientSpectrum, layer_gradients
@@ -97,6 +98,7 @@ __all__ = [
     "Histogram",
     "HypersphericalEnergy",
     "InductionScore",
+    "InductionStrength",
     "Invariance",
     "Kurtosis",
     "LatentTrajectory",
