@@ -23,23 +23,24 @@ _STATUS = {"running": "green", "finished": "bold", "failed": "bold red", "killed
 
 
 class LiveView:
-    """What is known of a run, as rich draws it: in the width of the console and, on a screen, in its height.
+    """What is known of a run, as rich draws it in the width of the console.
 
     Args:
         digest: of the run; drawn as it is when the view is printed.
         measures: names or patterns of what to show; everything when empty.
+        screen: leave out what does not fit the console's height, and say so.
 
     Raises:
         RunError: nothing was logged under such a name; the message names the nearest.
     """
 
-    def __init__(self, digest: RunDigest, measures: Sequence[str] = ()):
-        self.digest, self.measures = digest, tuple(measures)
+    def __init__(self, digest: RunDigest, measures: Sequence[str] = (), *, screen: bool = False):
+        self.digest, self.measures, self.screen = digest, tuple(measures), screen
         chosen(digest, self.measures)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # A screen of its own says how high it is; what is printed below one another may be of any length.
-        drawn = _View(self.digest, self.measures, options.max_width, options.height, options.ascii_only)
+        height = console.height if self.screen else None
+        drawn = _View(self.digest, self.measures, options.max_width, height, options.ascii_only)
         for line in drawn.lines():
             line.no_wrap, line.overflow = True, "ellipsis"
             yield line
@@ -59,7 +60,7 @@ class _View:
         main = next((one for one in plain if one.measure == self.names[0] == "loss"), None)
         room = None if self.height is None else self.height - len(out)
         if main is not None:
-            out += self._plot(main, 8 if room is None or room >= 30 else 5 if room >= 16 else 3)
+            out += self._plot(main, 8 if room is None or room >= 34 else 5 if room >= 22 else 3)
         rest = [one for one in plain if one is not main]
         rest.sort(key=lambda one: self.digest.places[one.series].site not in (None, "logits"))
         grid = sorted(panels(self.digest, self.names), key=lambda one: one.measure in NORMS)
@@ -70,8 +71,9 @@ class _View:
         across = max(1, (self.width + _GAP) // (_LINE + _GAP))
         shown, left = rest, 0
         if room is not None:
-            # At most half of the room for plain numbers, if there are panels too.
-            fits = max(3, (room // 2 if grid else room) - 2) * across
+            # At most half of the room for plain numbers, if there is enough for panels too.
+            half = grid and room >= 2 * (_MOST_LAYERS + 2)
+            fits = max(1, (room // 2 if half else room) - 3) * across
             shown, left = (rest, 0) if len(rest) <= fits else (rest[:fits], len(rest) - fits)
         used = 0
         if shown:
@@ -280,7 +282,7 @@ def follow(
     """
     console = console or Console()
     digest.refresh()
-    view = LiveView(digest, measures)
+    view = LiveView(digest, measures, screen=True)
     with Live(view, console=console, screen=True, auto_refresh=False) as screen:
         while digest.status == "running":
             time.sleep(every)
