@@ -1,6 +1,7 @@
 """Shell: what makes a page whole: one file that loads nothing, whatever the page is of.
 
-A page is a template with a style sheet and short scripts beside it. The drawing library comes from the wheel of
+A page is a template with a style sheet and short scripts beside it; `head.html`, `filter.html`, `tables.html` and
+`foot.html` are parts that pages share. The drawing library comes from the wheel of
 vl-convert and is put into the page once for all figures. Whatever a model, a text or a path is called is escaped.
 """
 
@@ -31,8 +32,10 @@ def whole(
         needed: whether there is anything to draw; without, the page is without the drawing library.
         words: whatever else the template speaks of.
     """
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_asset(template)).render(
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(template).render(
         version=__version__,
         needed=needed,
         specs=Markup(_in_script(json.dumps(specs, allow_nan=False, separators=(",", ":")))),
