@@ -301,9 +301,11 @@ class RunDigest:
         return Curve(self.steps[some], mean, low, high, count[some])
 
     def table(self, series: list[int], of: str = "mean") -> np.ndarray:
-        """Several series, (series, bin); NaN where nothing finite was logged. `of` is mean, low or high."""
+        """Several series, (series, bin); NaN where nothing finite was logged. `of` is mean, low, high or count."""
         rows = self._row[series]
         count = self._count[rows, : self.bins]
+        if of == "count":
+            return count
         values = {"mean": self._sum, "low": self._low, "high": self._high}[of][rows, : self.bins]
         with np.errstate(invalid="ignore"):
             return np.where(count > 0, values / np.maximum(count, 1) if of == "mean" else values, np.nan)

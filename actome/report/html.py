@@ -230,6 +230,7 @@ def _tables(frame: pd.DataFrame) -> list[dict[str, Any]]:
                     {
                         "name": str(name),
                         "site": sites[name],
+                        "layer": name if index == "layer" else None,
                         "page": layer_page(stack_of(sites[name]), int(name)) if index == "layer" else "",
                         "cells": [w.show(value) for (_, w), value in zip(columns, values, strict=True)],
                     }
