@@ -12,7 +12,9 @@ from actome.dynamics import RunStore, RunWriter
 CONFIG = {"lr": 3e-4, "layers": 6, "optimizer": "AdamW", "data": {"name": "corpus", "rows": 10_000}}
 
 
-def training(run: RunWriter, steps: int, *, first: int = 0, layers: int = 6, heads: int = 4, every: int = 10) -> Iterator[int]:
+def training(
+    run: RunWriter, steps: int, *, first: int = 0, layers: int = 6, heads: int = 4, every: int = 10
+) -> Iterator[int]:
     """Logs one step at a time, as `actome.watch` does: scalars at each, the panel at every so-manieth."""
     rng = np.random.default_rng(first)
     for step in range(first, first + steps):
@@ -49,12 +51,14 @@ def written(path: Path, steps: int = 500, *, alarms: bool = True, **shape: int) 
                 run.alarm(
                     step,
                     "attention_logit_growth",
-                    f"The largest attention logit has doubled in {step // 2} steps and will cross 50 at step {3 * step}.",
+                    f"The largest attention logit has doubled in {step // 2} steps and will cross 50 at {3 * step}.",
                     site="blocks.3.attn.scores",
                     level="critical" if step == 400 else "warning",
                     advice="Lower the learning rate, or put a norm on queries and keys.",
                     evidence={"attention_logit_max": 31.5, "crossing_step": 3 * step, "source": "Wortsman et al. 2023"},
                 )
         if alarms:
-            run.alarm(450, "dead_units", "12 % of the units of one layer never fire.", site="blocks.5.mlp.act", level="info")
+            run.alarm(
+                450, "dead_units", "12 % of the units of one layer never fire.", site="blocks.5.mlp.act", level="info"
+            )
     return path

@@ -208,13 +208,14 @@ class RunDigest:
             return
         step, value = points["step"], points["value"]
         self.rows += len(points)
-        first, last = int(step.min()), int(step.max())
-        self.first_step = first if self.first_step is None else min(first, self.first_step)
-        self.last_step = last if self.last_step is None else max(last, self.last_step)
+        low, high = int(step.min()), int(step.max())
+        self.first_step = low if self.first_step is None else min(low, self.first_step)
+        self.last_step = high if self.last_step is None else max(high, self.last_step)
         self._lay(self._bins)
-        newest = step >= self._last_step[row]
-        self._last[row[newest]] = value[newest]  # of several the last one is kept
-        np.maximum.at(self._last_step, row, step)
+        order = np.lexsort((step, row))  # which leaves what was logged at one step in the order in which it came
+        last = order[np.flatnonzero(np.diff(row[order], append=-1))]
+        last = last[step[last] >= self._last_step[row[last]]]
+        self._last[row[last]], self._last_step[row[last]] = value[last], step[last]
         finite = np.isfinite(value)
         np.add.at(self._bad, row[~finite], 1)
         np.minimum.at(self._first_bad, row[~finite], step[~finite])

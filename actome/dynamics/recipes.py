@@ -59,7 +59,8 @@ class QuantisationProbe:
     @property
     def name(self) -> str:
         """Such as ``w8a8_vector``."""
-        return f"{f'w{self.weights}' if self.weights else ''}{f'a{self.activations}' if self.activations else ''}_{self.per}"
+        parts = (("w", self.weights), ("a", self.activations))
+        return "".join(f"{letter}{bits}" for letter, bits in parts if bits) + f"_{self.per}"
 
     @torch.no_grad()
     def __call__(self, model: Model, tokens: Tensor, batch_size: int = 64) -> dict[str, float]:
@@ -84,9 +85,7 @@ class QuantisationProbe:
 
 def _linear_maps(model: Model) -> dict[str, nn.Linear]:
     head = getattr(model.module, "get_output_embeddings", lambda: None)()
-    found = {
-        name: one for name, one in model.module.named_modules() if isinstance(one, nn.Linear) and one is not head
-    }
+    found = {name: one for name, one in model.module.named_modules() if isinstance(one, nn.Linear) and one is not head}
     if not found:
         raise MeasureError(f"{model.name} has no nn.Linear within, so there is nothing to round")
     return found
@@ -190,7 +189,9 @@ class Recipes:
                 names = [{key: row[key] for key in self.settings} for row in (low, high)]
                 best = Spread(*names, ratio, float(high[outcome] - low[outcome]), float(high[clean] - low[clean]))
         if best is None:
-            raise MeasureError(f"no two recipes have a {clean} within {within} of each other; {len(means)} were trained")
+            raise MeasureError(
+                f"no two recipes have a {clean} within {within} of each other; {len(means)} were trained"
+            )
         return best
 
     @staticmethod

@@ -13,7 +13,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,7 +67,9 @@ def _rows(split: str, count: int, seed: int) -> Tensor:
 def _trained(seed: int, steps: int, weight_decay: float, clip: float | None, dropout: float) -> Model:
     config = SubjectConfig(vocab=256, d_model=64, layers=LAYERS, heads=4, context=CONTEXT, norm="layer")
     module = Subject.fresh(config, seed)
-    hooks = [part.register_forward_hook(_dropped(dropout)) for block in module.blocks for part in (block.attn, block.mlp)]
+    hooks = [
+        part.register_forward_hook(_dropped(dropout)) for block in module.blocks for part in (block.attn, block.mlp)
+    ]
     rows = _rows("train", steps * BATCH, seed)
     train(module, rows, batch_size=BATCH, lr=RATE, weight_decay=weight_decay, clip=clip, seed=seed)
     for hook in hooks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -55,11 +56,12 @@ class _View:
         out = [*self._alarms(), *self._status(), Text("")]
         if not self.names:
             words = "Nothing is logged yet." if self.digest.status == "running" else "Nothing was logged."
-            return [*out, Text(words + (f" {self.digest.units:,} series of single units are not shown." if self.digest.units else ""))]
+            units = f" {self.digest.units:,} series of single units are not shown." if self.digest.units else ""
+            return [*out, Text(words + units)]
         plain = lines(self.digest, self.names)
         main = next((one for one in plain if one.measure == self.names[0] == "loss"), None)
         room = None if self.height is None else self.height - len(out)
-        if main is not None:
+        if main is not None and (room is None or room > 8):
             out += self._plot(main, 8 if room is None or room >= 34 else 5 if room >= 22 else 3)
         rest = [one for one in plain if one is not main]
         rest.sort(key=lambda one: self.digest.places[one.series].site not in (None, "logits"))
@@ -70,7 +72,9 @@ class _View:
         """Numbers and panels, as many as there are lines for; the last line says what is left out."""
         across = max(1, (self.width + _GAP) // (_LINE + _GAP))
         shown, left = rest, 0
-        if room is not None:
+        if room is not None and room < 5:
+            shown, grid, left = [], [], len(rest) + len(grid)
+        elif room is not None:
             # At most half of the room for plain numbers, if there is enough for panels too.
             half = grid and room >= 2 * (_MOST_LAYERS + 2)
             fits = max(1, (room // 2 if half else room) - 3) * across
@@ -100,25 +104,29 @@ class _View:
         if left:
             yield Text(f"{left} more not shown: choose with --measures, or make the window larger", style="dim")
 
-    def _alarms(self) -> Iterator[Text]:
+    def _alarms(self) -> list[Text]:
+        """All of them where there is room; on a screen the first ones, and no more than half of it."""
         groups = alarm_groups(self.digest)
-        most = len(groups) if self.height is None else _MOST_ALARMS
+        most = len(groups) if self.height is None else min(len(groups), _MOST_ALARMS)
+        room = math.inf if self.height is None else self.height // 2 - most - 1
+        out = []
         for some in groups[:most]:
             last, style = some[-1], STYLE[some[-1]["level"]]
             line = Text.assemble((f"{MARK[last['level']]} {last['level']:<8} ", style), (last["name"], "bold"))
             one = f"  step {last['step']:,}"
             line.append(one if len(some) == 1 else f"  {len(some)} at steps {some[0]['step']:,}–{last['step']:,}")
             line.append(f"  {last['site']}" if last["site"] else "")
-            yield line
-            yield from self._wrapped(last["message"], "")
+            out.append(line)
+            said = [*self._wrapped(last["message"], "")]
             if self.height is None and last["evidence"]:
-                yield from self._wrapped(evidence_of(last["evidence"]), "dim")
+                said += self._wrapped(evidence_of(last["evidence"]), "dim")
             if last["advice"]:
-                yield from self._wrapped(last["advice"], "italic")
+                said += self._wrapped(last["advice"], "italic")
+            if len(said) <= room:
+                out, room = out + said, room - len(said)
         if len(groups) > most:
-            yield Text(f"  and {len(groups) - most} more kinds of alarm; --once shows all", style="dim")
-        if groups:
-            yield Text("")
+            out.append(Text(f"  and {len(groups) - most} more kinds of alarm; --once shows all", style="dim"))
+        return [*out, Text("")] if out else []
 
     def _wrapped(self, words: str, style: str) -> Iterator[Text]:
         text = Text(words, style=style)
@@ -269,9 +277,7 @@ def print_run(digest: RunDigest, console: Console | None = None, measures: Seque
     printed(lambda to: to.print(view), console or Console())
 
 
-def follow(
-    digest: RunDigest, console: Console | None = None, measures: Sequence[str] = (), every: float = 1.0
-) -> None:
+def follow(digest: RunDigest, console: Console | None = None, measures: Sequence[str] = (), every: float = 1.0) -> None:
     """Shows a run while it is written, on a screen of its own, until it has ended; what is known then stays printed.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def _join(dots: np.ndarray) -> None:
     """Fills the way from each column to the next, so that what rises steeply stays a line."""
     filled = np.flatnonzero(dots.any(0))
     reach = {i: np.flatnonzero(dots[:, i])[[0, -1]] for i in filled}
-    for a, b in zip(filled[:-1], filled[1:], strict=True):
+    for a, b in pairwise(filled):
         (top, bottom), (other_top, other_bottom) = reach[a], reach[b]
         if other_top > bottom + 1:
             dots[bottom:other_top, a] = True

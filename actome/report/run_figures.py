@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +23,8 @@ _WIDE, _NARROW = 480, 160  # columns of the figure of the loss, and of the other
 _POINTS, _CELLS = 30_000, 30_000  # of all lines, and of all maps
 _WIDE_SPAN = 12
 _MOST_RULES = 40
+
+_Span = tuple[float, float]
 
 
 def run_figures(digest: RunDigest, measures: Sequence[str]) -> list[Figure]:
@@ -59,9 +60,7 @@ def _by_measure(plain: Iterable[Line]) -> dict[str, list[Line]]:
     return groups
 
 
-def _curves(
-    digest: RunDigest, measure: str, some: list[Line], columns: dict[str, int], rules: pd.DataFrame
-) -> Figure:
+def _curves(digest: RunDigest, measure: str, some: list[Line], columns: dict[str, int], rules: pd.DataFrame) -> Figure:
     title, says = named(measure), word(measure).says if "/" not in measure else ""
     names = [digest.places[one.series].site or "all" for one in some]
     members = [(one.series,) for one in some]
@@ -147,12 +146,15 @@ def _thinned(digest: RunDigest, members: Sequence[int], most: int) -> dict[str, 
     }
 
 
-def _data(digest: RunDigest, members: Sequence[Sequence[int]], names: Sequence[str], most: int) -> tuple[Any, tuple]:
-    """Rows as CSV, which takes half of what JSON does, and the least and the greatest of all that is drawn."""
+def _data(
+    digest: RunDigest, members: Sequence[Sequence[int]], names: Sequence[str], most: int
+) -> tuple[Any, _Span, _Span]:
+    """Rows as CSV, which takes half of what JSON does; the span of all that is drawn, and that of the means alone."""
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n")
     write.writerow(("name", "from", "to", "step", "until", "mean", "low", "high"))
-    every = []
+    means: list[float] = []
+    every: list[float] = []
     for name, some in zip(names, members, strict=True):
         one = _thinned(digest, some, most)
         filled = np.flatnonzero(np.isfinite(one["mean"]))
@@ -162,10 +164,11 @@ def _data(digest: RunDigest, members: Sequence[Sequence[int]], names: Sequence[s
             start, end = int(one["from"][i]), int(one["to"][i])
             values = [rounded(one[key][i]) for key in ("mean", "low", "high")]
             write.writerow((name, start, end, (start + end) / 2, stands, *values))
+            means.append(values[0])
             every += values
     numbers = dict.fromkeys(("from", "to", "step", "until", "mean", "low", "high"), "number")
     data = alt.Data(values=out.getvalue(), format=alt.CsvDataFormat(type="csv", parse=numbers))
-    return data, (min(every), max(every)) if every else (0.0, 1.0)
+    return data, *((min(some), max(some)) if some else (0.0, 1.0) for some in (every, means))
 
 
 def _rules(digest: RunDigest) -> pd.DataFrame:
@@ -184,7 +187,7 @@ def _line_chart(
     digest: RunDigest, members: Sequence[Sequence[int]], names: Sequence[str], what: str, measure: str, most: int,
     rules: pd.DataFrame, height: int,
 ) -> dict[str, Any]:  # fmt: skip
-    data, (low, high) = _data(digest, members, names, most)
+    data, (low, high), _ = _data(digest, members, names, most)
     shown = word(measure)
     base = alt.Chart(data)
     x = alt.X("step:Q", title="step", axis=_step_axis(), scale=_step_scale(digest))
@@ -192,14 +195,17 @@ def _line_chart(
     y = alt.Y("mean:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, **labels))
     several = len(names) > 1
     legend = alt.Legend(orient="top", symbolType="circle", symbolOpacity=1, columns=5 if what else 2)
-    colour = {"color": alt.Color("name:N", title=what or None, sort=list(names), scale=alt.Scale(domain=list(names)), legend=legend)} if several else {}
+    colour = (
+        {
+            "color": alt.Color(
+                "name:N", title=what or None, sort=list(names), scale=alt.Scale(domain=list(names)), legend=legend
+            )
+        }
+        if several
+        else {}
+    )
     number = ".2%" if shown.look == "share" else ".4~g"
-    tips = [
-        *([alt.Tooltip("name:N", title=what or "place")] if several else []),
-        alt.Tooltip("from:Q", title="from step", format=",d"),
-        alt.Tooltip("to:Q", title="to step", format=",d"),
-        *(alt.Tooltip(f"{key}:Q", title=title, format=number) for key, title in (("mean", "mean"), ("low", "least"), ("high", "greatest"))),
-    ]
+    tips = [*([alt.Tooltip("name:N", title=what or "place")] if several else []), *_tips(number)]
     parts: list[Any] = [
         base.mark_area(opacity=0.25).encode(x, alt.Y("low:Q", title=None, scale=scale), alt.Y2("high:Q"), **colour),
         base.mark_line(strokeWidth=1.5).encode(x, y, **colour),
@@ -217,34 +223,46 @@ def _line_chart(
 def _map(
     digest: RunDigest, members: Sequence[Sequence[int]], names: Sequence[str], what: str, measure: str, most: int
 ) -> dict[str, Any]:
-    data, (low, high) = _data(digest, members, names, most)
+    data, _, (low, high) = _data(digest, members, names, most)
     shown = word(measure)
+    title = what if what == "layer" else None
     step = 22 if len(names) <= 8 else 14 if len(names) <= 24 else 7
     number = ".2%" if shown.look == "share" else ".4~g"
     logarithmic = _logarithmic(low, high, shown.look, shown.wide)
     colours = alt.Scale(type="log" if logarithmic else "linear", domain=[low, high], nice=False, interpolate="lab")
-    legend: dict[str, Any] = {"format": ".0%"} if shown.look == "share" else {"format": ".3~s"} if abs(high) >= 1e4 else {}
+    legend: dict[str, Any] = (
+        {"format": ".0%"} if shown.look == "share" else {"format": ".3~s"} if abs(high) >= 1e4 else {}
+    )
+    gradient = alt.expr(f"min({len(names) * step}, 160)")
+    bar = alt.Legend(orient="right", gradientLength=gradient, gradientThickness=10, tickCount=3, **legend)
+    tips = [alt.Tooltip("name:N", title=what), *_tips(number)]
     chart = (
         alt.Chart(data)
         .mark_rect(strokeWidth=0)
         .encode(
             alt.X("from:Q", title="step", axis=_step_axis(), scale=_step_scale(digest)),
             alt.X2("until:Q"),
-            alt.Y("name:N", title=what if what == "layer" else None, sort=list(names), axis=alt.Axis(labelOverlap=True)),
-            alt.Color("mean:Q", title=None, scale=colours, legend=alt.Legend(
-                orient="right", gradientLength=alt.expr(f"min({len(names) * step}, 160)"), gradientThickness=10, tickCount=3, **legend)),
-            tooltip=[
-                alt.Tooltip("name:N", title=what), alt.Tooltip("from:Q", title="from step", format=",d"),
-                alt.Tooltip("to:Q", title="to step", format=",d"), alt.Tooltip("mean:Q", format=number),
-                alt.Tooltip("low:Q", title="least", format=number), alt.Tooltip("high:Q", title="greatest", format=number),
-            ],
+            alt.Y("name:N", title=title, sort=list(names), axis=alt.Axis(labelOverlap=True)),
+            alt.Color("mean:Q", title=None, scale=colours, legend=bar),
+            tooltip=tips,
         )
-    )  # fmt: skip
+    )
     return spec_of(chart, height=max(60, len(names) * step))
 
 
+def _tips(number: str) -> list[alt.Tooltip]:
+    steps = [alt.Tooltip(f"{key}:Q", title=f"{key} step", format=",d") for key in ("from", "to")]
+    names = {"mean": "mean", "low": "least", "high": "greatest"}
+    return [*steps, *(alt.Tooltip(f"{key}:Q", title=title, format=number) for key, title in names.items())]
+
+
 def _step_axis() -> alt.Axis:
-    return alt.Axis(grid=False, tickCount=4, labelExpr="datum.value >= 1e4 ? format(datum.value, '.3~s') : format(datum.value, ',d')", tickMinStep=1)
+    return alt.Axis(
+        grid=False,
+        tickCount=4,
+        labelExpr="datum.value >= 1e4 ? format(datum.value, '.3~s') : format(datum.value, ',d')",
+        tickMinStep=1,
+    )
 
 
 def _step_scale(digest: RunDigest) -> alt.Scale:

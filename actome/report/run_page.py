@@ -146,7 +146,11 @@ def _alarm(some: list[dict[str, Any]]) -> dict[str, Any]:
     site = last["site"] or ""
     evidence = {key: value for key, value in last["evidence"].items() if key != "source"}
     _, blocks, rest = site.partition("blocks.")
-    when = f"step {last['step']:,}" if len(some) == 1 else f"{len(some)} times, steps {some[0]['step']:,} to {last['step']:,}"
+    when = (
+        f"step {last['step']:,}"
+        if len(some) == 1
+        else f"{len(some)} times, steps {some[0]['step']:,} to {last['step']:,}"
+    )
     return {
         "level": last["level"],
         "name": last["name"],
@@ -171,8 +175,8 @@ def _sections(digest: RunDigest, drawn: list[Figure]) -> Iterator[dict[str, Any]
     leads = {
         "loss": f"{thin} Broken lines are the first alarms of each kind.",
         "curves": "Drawn like the loss, in fewer columns.",
-        "layers": "Up to five layers are lines, drawn like the loss. More are a map: each cell is the mean of the steps "
-        "that it spans and stands until the next look; hover to see the least and the greatest.",
+        "layers": "Up to five layers are lines, drawn like the loss. More are a map: a cell is the mean of its steps "
+        "and stands until the next look; hover to see the least and the greatest.",
         "weights": "By component of the model, or by layer.",
         "heads": "One cell each, as they are at the last step.",
     }

@@ -143,7 +143,9 @@ def panels(digest: RunDigest, measures: Sequence[str]) -> list[Panel]:
                 if place.head is not None or place.expert is not None:
                     over[key] = "heads" if place.head is not None else "experts"
     return [
-        Panel(measure, kind, tuple(sorted(by)), tuple(tuple(by[at]) for at in sorted(by)), over.get((measure, kind), ""))
+        Panel(
+            measure, kind, tuple(sorted(by)), tuple(tuple(by[at]) for at in sorted(by)), over.get((measure, kind), "")
+        )
         for (measure, kind), by in groups.items()
     ]
 
@@ -163,11 +165,12 @@ def status_facts(digest: RunDigest) -> list[str]:
     if digest.last_step is not None:
         facts.append(f"step {digest.last_step:,}")
     if digest.pace is not None:
-        facts.append(f"{word('').show(digest.pace)} steps/s" if digest.pace >= 0.1 else f"{1 / digest.pace:.3g} s a step")
+        facts.append(
+            f"{word('').show(digest.pace)} steps/s" if digest.pace >= 0.1 else f"{1 / digest.pace:.3g} s a step"
+        )
     facts.append(span(digest.seconds))
-    for one in digest.find("overhead")[:1]:
-        facts.append(f"overhead {digest.latest(one):.1%}".replace("%", " %"))
-    return facts
+    overhead = [f"overhead {digest.latest(one):.1%}".replace("%", " %") for one in digest.find("overhead")[:1]]
+    return [*facts, *overhead]
 
 
 def span(seconds: float) -> str:
