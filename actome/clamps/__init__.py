@@ -8,4 +8,18 @@ from .quantise import Quantise, round_to
 from .saved import load_clamps, save_clamps
 from .subspace import Project
 
-__all__ = ["Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Quantise", "Scale", "Set", "TopK", "load_clamps", "save_clamps"]
+__all__ = [
+    "Ablate",
+    "Add",
+    "Clip",
+    "Mask",
+    "Patch",
+    "Project",
+    "Quantise",
+    "Scale",
+    "Set",
+    "TopK",
+    "load_clamps",
+    "round_to",
+    "save_clamps",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Ablate(Clamp):
     Source: zero and mean ablation as in Wang et al. (2023), arXiv:2211.00593; resampling as in Chan et al. (2022),
     "Causal scrubbing".
     """
+
+    needs_mask: ClassVar[bool] = True
 
     how: Literal["zero", "mean", "resample"] = "zero"
     source: Any = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -41,6 +41,8 @@ class Quantise(Clamp):
         >>> len(act.unique()) <= 15
         True
     """
+
+    needs_mask: ClassVar[bool] = True
 
     bits: int = 8
     per: Per = "tensor"

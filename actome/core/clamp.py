@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,9 @@ class Clamp:
     phase: Literal["prompt", "generated"] | None = None
     steps: Index | None = None
     when: When | None = None
+
+    # Whether `transform` asks for the mask of padding (`place.run.mask`), which is known only where it is followed.
+    needs_mask: ClassVar[bool] = False
 
     def transform(self, x: Tensor, place: Place) -> Tensor:
         """The new value of `x`, which is the site's tensor cut to the clamp's heads and units."""

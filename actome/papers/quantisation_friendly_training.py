@@ -27,14 +27,14 @@ from actome.tasks.subject import Subject, SubjectConfig
 from actome.tasks.training import train
 from actome.tasks.trials import trial_seeds
 
-CONTEXT, BATCH, LAYERS = 64, 32, 2
+WIDTH, CONTEXT, BATCH, LAYERS = 48, 32, 24, 2
 RATE = 1e-2
 GRID = {"weight_decay": [0.0, 0.1, 1.0], "clip": [None, 1.0], "dropout": [0.0, 0.3]}
 PREDICTOR = "kurtosis"
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    steps, count, grid = 150, 3, GRID
+    steps, count, grid = 120, 3, GRID
     if scale == "smoke":
         steps, count, grid = 20, 1, {"weight_decay": [0.0, 1.0], "clip": [1.0], "dropout": [0.0, 0.3]}
 
@@ -44,7 +44,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     stress, control = QuantisationProbe(activations=4), QuantisationProbe(activations=8, per="vector")
     weights = QuantisationProbe(weights=4)
     measures = {"blocks.*.resid.post": [Kurtosis(every=1), MassiveActivations(), OutlierChannels()]}
-    held = _rows("heldout", 64, seed=0)
+    held = _rows("heldout", 128, seed=0)
     found = recipe_grid(
         trained, grid, measures, [stress, control, weights], held, seeds=[s % 2**31 for s in trial_seeds(seed, count)]
     )
@@ -65,7 +65,7 @@ def _rows(split: str, count: int, seed: int) -> Tensor:
 
 
 def _trained(seed: int, steps: int, weight_decay: float, clip: float | None, dropout: float) -> Model:
-    config = SubjectConfig(vocab=256, d_model=64, layers=LAYERS, heads=4, context=CONTEXT, norm="layer")
+    config = SubjectConfig(vocab=256, d_model=WIDTH, layers=LAYERS, heads=4, context=CONTEXT, norm="layer")
     module = Subject.fresh(config, seed)
     hooks = [
         part.register_forward_hook(_dropped(dropout)) for block in module.blocks for part in (block.attn, block.mlp)
