@@ -181,6 +181,10 @@ def test_the_spread_compares_only_recipes_of_one_loss():
     assert (spread.best, spread.worst) == ({"lr": 1}, {"lr": 2})
     assert (spread.ratio, spread.difference, spread.clean) == pytest.approx((3.0, 0.4, 0.03))
     assert found.spread("rise", within=2.0).worst == {"lr": 3}
+    # The other seed chooses lr 1 and 2 both times.
+    assert found.held_out_spread("rise") == pytest.approx((0.7 + 0.5) / (0.2 + 0.2))
+    with pytest.raises(MeasureError, match="two seeds or more"):
+        Recipes(table[table["seed"] == 0], ("lr",)).held_out_spread("rise")
     with pytest.raises(MeasureError, match=r"no two recipes have a clean within 0\.001"):
         found.spread("rise", within=0.001)
     with pytest.raises(MeasureError, match="no 'ries'; nearest: rise"):

@@ -175,24 +175,36 @@ class Recipes:
         return found.value, found.p
 
     def spread(self, outcome: str, clean: str = "clean", within: float = 0.05) -> Spread:
-        """The two recipes whose outcome differs most while their clean losses differ by at most `within`."""
+        """The two recipes whose mean outcome differs most while their mean clean losses differ by at most `within`.
+
+        Raises:
+            MeasureError: there are no two such recipes.
+        """
         for name in (outcome, clean):
             self._known(name, self.table)
         means = self.means()
-        best: Spread | None = None
-        for i, j in itertools.permutations(range(len(means)), 2):
-            low, high = means.iloc[i], means.iloc[j]
-            if abs(low[clean] - high[clean]) > within or low[outcome] > high[outcome]:
-                continue
-            ratio = float(high[outcome] / low[outcome]) if low[outcome] > 0 else float("inf")
-            if best is None or (ratio, high[outcome] - low[outcome]) > (best.ratio, best.difference):
-                names = [{key: row[key] for key in self.settings} for row in (low, high)]
-                best = Spread(*names, ratio, float(high[outcome] - low[outcome]), float(high[clean] - low[clean]))
-        if best is None:
-            raise MeasureError(
-                f"no two recipes have a {clean} within {within} of each other; {len(means)} were trained"
-            )
-        return best
+        low, high = _furthest(means, outcome, clean, within)
+        return self._between(means.iloc[low], means.iloc[high], outcome, clean)
+
+    def held_out_spread(self, outcome: str, clean: str = "clean", within: float = 0.05) -> float:
+        """How many times larger the outcome is for the worst recipe than for the best, where both were chosen by other
+        seeds: for each seed by all but that one. Chance alone gives about 1, while `spread` is the largest of many.
+        """
+        seeds = self.table["seed"].unique()
+        if len(seeds) < 2:
+            raise MeasureError("a held-out spread needs two seeds or more")
+        best = worst = 0.0
+        for seed in seeds:
+            mine = self.table["seed"] == seed
+            others, one = (Recipes(self.table[rows], self.settings).means() for rows in (~mine, mine))
+            low, high = _furthest(others, outcome, clean, within)
+            best, worst = best + float(one[outcome].iloc[low]), worst + float(one[outcome].iloc[high])
+        return worst / best if best > 0 else float("inf")
+
+    def _between(self, low: pd.Series, high: pd.Series, outcome: str, clean: str) -> Spread:
+        names = [{key: row[key] for key in self.settings} for row in (low, high)]
+        ratio = float(high[outcome] / low[outcome]) if low[outcome] > 0 else float("inf")
+        return Spread(*names, ratio, float(high[outcome] - low[outcome]), float(high[clean] - low[clean]))
 
     @staticmethod
     def _known(name: str, there: Any) -> None:
@@ -215,6 +227,17 @@ class Spread:
     ratio: float
     difference: float
     clean: float
+
+
+def _furthest(means: pd.DataFrame, outcome: str, clean: str, within: float) -> tuple[int, int]:
+    """The rows of the least and the greatest outcome whose clean losses are near enough."""
+    y, x = (means[name].to_numpy(np.float64) for name in (outcome, clean))
+    near = np.abs(x[:, None] - x) <= within
+    np.fill_diagonal(near, False)
+    if not near.any():
+        raise MeasureError(f"no two recipes have a {clean} within {within} of each other; {len(means)} were trained")
+    apart = np.where(near, y - y[:, None], -np.inf)  # of the second over the first
+    return tuple(map(int, np.unravel_index(apart.argmax(), apart.shape)))
 
 
 def recipe_grid(
