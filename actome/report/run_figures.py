@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from actome.report.words import word
 _MOST_LINES = 5  # as many as there are colours that one tells apart
 _WIDE, _NARROW = 480, 160  # columns of the figure of the loss, and of the others
 _POINTS, _CELLS = 30_000, 30_000  # of all lines, and of all maps
-_WIDE_SPAN = 12
+# Values that span more than this are drawn on a logarithmic scale: ratios, and what grew without bound.
+_WIDE_SPAN, _WIDEST_SPAN = 12, 300
 _MOST_RULES = 40
 
 _Span = tuple[float, float]
@@ -271,7 +273,8 @@ def _step_scale(digest: RunDigest) -> alt.Scale:
 
 
 def _logarithmic(low: float, high: float, look: str, wide: bool) -> bool:
-    return (look == "ratio" or wide) and low > 0 and high / low > _WIDE_SPAN
+    ratio = look == "ratio" or wide
+    return low > 0 and high / low > (_WIDE_SPAN if ratio else math.inf if look == "share" else _WIDEST_SPAN)
 
 
 def _value_scale(low: float, high: float, look: str, wide: bool) -> tuple[alt.Scale, dict[str, Any]]:
