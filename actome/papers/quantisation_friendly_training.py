@@ -28,21 +28,21 @@ from actome.tasks.subject import Subject, SubjectConfig
 from actome.tasks.training import train
 from actome.tasks.trials import trial_seeds
 
-WIDTH, CONTEXT, BATCH, LAYERS = 48, 32, 24, 2
+WIDTH, CONTEXT, BATCH, LAYERS = 32, 32, 16, 2
 RATE = 1e-2
 GRID = {"weight_decay": [0.0, 0.1, 1.0], "clip": [None, 1.0], "dropout": [0.0, 0.3]}
 STRESS = QuantisationProbe(activations=4)
 WEIGHTS = QuantisationProbe(weights=4)
 CONTROL = QuantisationProbe(activations=8, per="vector")
 NEAR = 0.05  # nats, within which two clean losses count as one
-FACTOR = 3.0  # of a token's scale: among 48 channels none can stand out six times
+FACTOR = 3.0  # of a token's scale: among 32 channels none can stand out six times
 PREDICTOR = "kurtosis"
 OTHERS = ("token_kurtosis", "massive_ratio", "outlier_channels", "weight_max_rms", "gain_spread")
 SHOWN = ("clean", "a4_tensor_rise", "w4_tensor_rise", "a8_vector_rise", "kurtosis", "massive_ratio", "outlier_channels")
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    steps, count, grid, rows = 120, 3, GRID, 128
+    steps, count, grid, rows = 100, 3, GRID, 128
     if scale == "smoke":
         steps, count, grid, rows = 10, 2, {"weight_decay": [0.0, 1.0], "clip": [1.0], "dropout": [0.0]}, 16
 
