@@ -7,6 +7,7 @@ from .during import ClampSchedule, clamp_during
 from .edit import Add, Mask, Scale, Set
 from .heads import pattern_preserving_ablation
 from .patch import Patch
+from .quantise import Quantise, round_to
 from .saved import load_clamps, save_clamps
 from .subspace import Project
 
@@ -19,11 +20,13 @@ __all__ = [
     "Mask",
     "Patch",
     "Project",
+    "Quantise",
     "Scale",
     "Set",
     "TopK",
     "clamp_during",
     "load_clamps",
     "pattern_preserving_ablation",
+    "round_to",
     "save_clamps",
 ]
