@@ -99,6 +99,9 @@ class ConceptSpace:
     ) -> ConceptSpace:  # fmt: skip
         """Read-outs learned from examples: for each concept a linear regression of its class on the flat output.
 
+        Give examples of every combination, also of those that the generator is not shown: where two concepts go
+        together in the examples, one is read from the other.
+
         Args:
             outputs: (n, ...), real ones.
             combos: (n, concepts) of 0 and 1.

@@ -246,7 +246,7 @@ def _teach(
             real = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
             loss = next_token_loss(module, tokens, real)
             if not bool(loss.isfinite()):
-                raise TrainingError(f"the loss of step {step} is {float(loss)}; take a smaller learning rate")
+                raise TrainingError(f"the loss of step {step} is {loss.item()}; take a smaller learning rate")
             chosen.zero_grad()
             loss.backward()
             chosen.step()

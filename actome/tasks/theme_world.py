@@ -80,13 +80,14 @@ class ThemeWorld:
 
     @cached_property
     def goes_with(self) -> Tensor:
-        """Rank of every second attribute behind a link after each first one, [relations, attributes, attributes].
+        """P(second attribute | first one and a link), [relations, attributes, attributes], float64.
 
-        An attribute never goes with itself: it has the last rank.
+        By Zipf's law in an order of each first one's own, whatever the theme; an attribute never goes with itself.
         """
         draw = torch.rand(self.relations, self.attributes, self.attributes, generator=seeded(self.seed + 1))
-        draw.diagonal(dim1=1, dim2=2).fill_(2.0)
-        return draw.argsort(-1).argsort(-1)
+        table_RAA = self.zipf_law[draw.argsort(-1).argsort(-1)]
+        table_RAA.diagonal(dim1=1, dim2=2).zero_()
+        return table_RAA / table_RAA.sum(-1, keepdim=True)
 
     def probability(self, theme: int, relation: int) -> Tensor:
         """P(attribute | theme, relation), [attributes], float64."""
@@ -122,8 +123,7 @@ class ThemeWorld:
         words_NC = torch.randint(self.words, (sequences, self.context), generator=generator)
         table = self.zipf_law[self.ranks].flatten(0, 1)
         first_N = Rows(table).draw(theme_N * self.relations + relation_N, generator)
-        after = self.zipf_law[self.goes_with].flatten(0, 1)
-        second_N = Rows(after).draw(relation_N * self.attributes + first_N, generator)
+        second_N = Rows(self.goes_with.flatten(0, 1)).draw(relation_N * self.attributes + first_N, generator)
         linked_N = torch.rand(sequences, generator=generator) < self.linked
         end_N3 = torch.stack(
             [
