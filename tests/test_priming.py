@@ -12,7 +12,7 @@ from torch import nn
 
 import actome as ac
 from actome.core.errors import MeasureError
-from actome.dynamics.priming import Sample, keyword_log_probs, priming, priming_threshold, stepping_stone
+from actome.dynamics.priming_scores import Sample, keyword_log_probs, priming, priming_threshold, stepping_stone
 from actome.tasks import Subject, SubjectConfig
 from actome.tasks.losses import TrainingError
 from actome.tasks.theme_world import LINK, ThemeWorld
