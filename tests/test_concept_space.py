@@ -78,7 +78,7 @@ def test_samples_are_of_the_combinations_asked_for_and_masks_hide_one_factor_the
         world.sample(3, 0, combos=[(0, 2)])
     with pytest.raises(ValueError, match="is no factor"):
         world.sample(3, 0, masked="shape", mask=0.5)
-    with pytest.raises(ValueError, match="color_sep=1.5"):
+    with pytest.raises(ValueError, match="color_sep=1\\.5"):
         Shapes2D(color_sep=1.5)
 
 
@@ -149,9 +149,9 @@ def test_a_planted_turn_is_found_at_its_step_with_its_angle_and_straight_paths_h
 def test_turns_of_wandering_paths_are_called_about_as_often_as_the_level():
     rng = np.random.default_rng(1)
     found = [
-        _traced([np.cumsum(0.05 * rng.standard_normal((60, 2)), 0) + 0.02 * np.arange(60)[:, None]]).turn(
-            (1, 1), permutations=39
-        ).p
+        _traced([np.cumsum(0.05 * rng.standard_normal((60, 2)), 0) + 0.02 * np.arange(60)[:, None]])
+        .turn((1, 1), permutations=39)
+        .p
         for _ in range(40)
     ]
     # 5 % of 40 is 2; five standard deviations above would be 9.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +9,8 @@ import torch
 
 import actome as ac
 from actome.core.errors import MeasureError
-from actome.dynamics.dormant_heads import ExtremeTokens, ablation_by_query, sink_emergence
+from actome.dynamics.dormant_heads import ExtremeTokens, ablation_by_query
+from actome.dynamics.sink_dates import sink_emergence
 from actome.tasks import Subject, SubjectConfig, train
 from actome.tasks.backcopy import Backcopy
 
@@ -60,7 +59,9 @@ def test_labels_of_minus_one_are_left_out_and_rows_can_be_made_to_sum_to_one(sub
     model = ac.wrap(subject)
     some = labels.clone()
     some[3:] = -1
-    part, whole = (ExtremeTokens(DOMAINS).measure(model, t, l) for t, l in ((tokens, some), (tokens[:3], labels[:3])))
+    part, whole = (
+        ExtremeTokens(DOMAINS).measure(model, *given) for given in ((tokens, some), (tokens[:3], labels[:3]))
+    )
     names = [name for name in part if "sink" in name or "gap" in name]
     assert np.allclose(part[names], whole[names], atol=1e-5)
     relu = Subject.fresh(SubjectConfig(vocab=16, d_model=16, layers=1, heads=2, context=12, attention="relu", init=1.5))
@@ -95,19 +96,21 @@ def test_ablation_is_the_loss_without_the_head_and_zero_for_a_head_that_writes_n
 
 def _planted(runs: int = 4) -> pd.DataFrame:
     rng, steps = np.random.default_rng(0), np.unique(np.geomspace(1, 1000, 30).round())
-    rows = []
-    for run in range(runs):
-        for step in steps:
-            rows.append(
-                {
-                    "run": run, "step": step, "layer": 0, "head": 0,
-                    "sink idle": 0.6 / (1 + math.exp(-(math.log(step) - math.log(50)) / 0.2)),
-                    "logit_gap idle": 0.3 + 0.5 * math.log(step) + 0.02 * rng.standard_normal(),
-                    "value_drain": 1 - 0.7 / (1 + math.exp(-(math.log(step) - math.log(200)) / 0.2)),
-                    "residual_peak": 1 + 0.5 * (step > 500),
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+
+    def passed(middle: float) -> np.ndarray:
+        return 1 / (1 + np.exp(-np.log(steps / middle) / 0.2))
+
+    parts = [
+        pd.DataFrame(
+            {
+                "run": run, "step": steps, "layer": 0, "head": 0, "sink idle": 0.6 * passed(50),
+                "logit_gap idle": 0.3 + 0.5 * np.log(steps) + 0.02 * rng.standard_normal(len(steps)),
+                "value_drain": 1 - 0.7 * passed(200), "residual_peak": 1 + 0.5 * (steps > 500),
+            }
+        )
+        for run in range(runs)
+    ]  # fmt: skip
+    return pd.concat(parts, ignore_index=True)
 
 
 def test_planted_emergence_is_dated_ordered_and_its_logarithm_found():

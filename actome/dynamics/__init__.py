@@ -26,8 +26,10 @@ from .law_families import LAWS, Law
 from .laws import LawFit, fit_law
 from .merge import merge
 from .mirage import MetricSwap, metric_swap
+from .path_turns import PathTurn, path_turn
 from .recover import Recovered, recover
 from .segments import Segments, segments
+from .sink_dates import SinkEmergence, sink_emergence
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
 from .smoothing import smooth
 from .store import News, RunStore
@@ -37,16 +39,16 @@ from .writer import RunWriter
 
 # Names whose modules need torch, imported when they are first used.
 _HOMES = {
-    "concept_space": ("ConceptSpace", "ConceptTrace", "ConceptTurn", "concept_signal"),
-    "dormant_heads": ("ExtremeTokens", "SinkEmergence", "ablation_by_query", "sink_emergence"),
+    "concept_space": ("ConceptSpace", "ConceptTrace", "concept_signal"),
+    "dormant_heads": ("ExtremeTokens", "ablation_by_query"),
     "elicitation": ("Elicitation", "LatentPush", "OverPrompt", "elicit", "latent_direction", "overprompt"),
     "priming_scores": ("Sample", "keyword_log_probs", "priming", "priming_threshold", "stepping_stone"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from .concept_space import ConceptSpace, ConceptTrace, ConceptTurn, concept_signal
-    from .dormant_heads import ExtremeTokens, SinkEmergence, ablation_by_query, sink_emergence
+    from .concept_space import ConceptSpace, ConceptTrace, concept_signal
+    from .dormant_heads import ExtremeTokens, ablation_by_query
     from .elicitation import Elicitation, LatentPush, OverPrompt, elicit, latent_direction, overprompt
     from .priming_scores import Sample, keyword_log_probs, priming, priming_threshold, stepping_stone
 
@@ -56,7 +58,6 @@ __all__ = [
     "ChangePoint",
     "ConceptSpace",
     "ConceptTrace",
-    "ConceptTurn",
     "Control",
     "Delay",
     "EarlyWarning",
@@ -73,6 +74,7 @@ __all__ = [
     "News",
     "OverPrompt",
     "Passage",
+    "PathTurn",
     "Plateau",
     "Recovered",
     "RunStore",
@@ -104,6 +106,7 @@ __all__ = [
     "merge",
     "metric_swap",
     "overprompt",
+    "path_turn",
     "plateaus",
     "priming",
     "priming_threshold",

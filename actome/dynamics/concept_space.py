@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from actome.core.errors import MeasureError
-from actome.dynamics.dates import Lead, Passage, first_passage, lead_time, median_interval
-from actome.dynamics.smoothing import smooth
+from actome.dynamics.dates import Lead, Passage, first_passage, lead_time
+from actome.dynamics.path_turns import PathTurn, path_turn
 from actome.dynamics.walk import over_runs
 
 Array = np.ndarray
@@ -198,12 +198,10 @@ class ConceptTrace:
     def turn(
         self, combo: Combo, *, after: float = 0, bandwidth: float = 0.03, reach: float = 0.2, permutations: int = 99,
         seed: int = 0,
-    ) -> ConceptTurn:  # fmt: skip
+    ) -> PathTurn:  # fmt: skip
         """Where a path turns most, and whether that is more than its steps in any order would give.
 
-        At each point of the smoothed path the way over the last `reach` of its length and over the next is compared
-        with the straight line between their ends: what is longer is the detour. A path that wavers has no long straight
-        ways to turn between, and neither has one whose steps are shuffled, which is the control.
+        See `path_turn` for how, and for the control.
 
         Args:
             after: leave out the steps before, such as the first, in which an untrained generator finds the data.
@@ -218,45 +216,10 @@ class ConceptTrace:
         keep = self.steps >= after
         if keep.sum() < 8:
             raise MeasureError(f"{keep.sum()} checkpoints from step {after:g} on; a turn needs 8")
-        steps, paths = self.steps[keep], self.path(combo)[:, keep]
-        dates, detours, angles = np.array([_turn(steps, path, bandwidth, reach) for path in paths]).T
-        rng = np.random.default_rng(seed)
-        null = [
-            float(np.median([_turn(steps, _shuffled(path, rng), bandwidth, reach)[1] for path in paths]))
-            for _ in range(permutations)
-        ]
-        detour = float(np.median(detours))
-        p = (1 + sum(one >= detour - 1e-12 for one in null)) / (1 + permutations) if permutations else math.nan
-        low, high = median_interval(dates, 0.95, 1000, seed)
-        return ConceptTurn(
-            float(np.median(dates)), low, high, float(np.median(angles)), detour,
-            float(np.median(null)) if null else math.nan, p, tuple(dates.tolist()), tuple(angles.tolist()),
+        return path_turn(
+            self.steps[keep], self.path(combo)[:, keep], bandwidth=bandwidth, reach=reach, permutations=permutations,
+            seed=seed,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ConceptTurn:
-    """The largest turn of a path; medians over runs.
-
-    Attributes:
-        at, low, high: its step, with a bootstrap interval over runs.
-        angle: in degrees; 0 straight on, 180 back.
-        detour: by how much the ways before and after are longer than the line between their ends, in units of the
-            distance between classes.
-        control: the detour of the path's steps in shuffled order.
-        p: share of shuffled orders with as large a detour, the path itself counted.
-        runs, angles: of each run.
-    """
-
-    at: float
-    low: float
-    high: float
-    angle: float
-    detour: float
-    control: float
-    p: float
-    runs: tuple[float, ...] = field(repr=False)
-    angles: tuple[float, ...] = field(repr=False)
 
 
 def concept_signal(generate: Callable[[Tensor], Tensor], values: Tensor, others: Tensor) -> Tensor:
@@ -297,30 +260,3 @@ def _scale(readout: Callable[[Tensor], Tensor], low: float, high: float) -> Call
 
 def _linear(mean: Tensor, weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda outputs: (outputs.flatten(1).double().to(mean.device) - mean) @ weight
-
-
-def _turn(
-    steps: Array, path_SF: Array, bandwidth: float, reach: float, points: int = 100
-) -> tuple[float, float, float]:
-    """Step, detour and angle of the largest turn, along the path's length: where it rests it has no direction."""
-    smoothed = smooth(np.arange(len(steps)), path_SF.T, bandwidth).T
-    length_S = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(smoothed, axis=0), axis=1))])
-    if length_S[-1] <= 0:
-        return float(steps[0]), 0.0, 0.0
-    even = np.linspace(0, length_S[-1], points)
-    along_PF = np.stack([np.interp(even, length_S, one) for one in smoothed.T], 1)
-    w = max(1, round(reach * points))
-    before, following = along_PF[w:-w] - along_PF[: -2 * w], along_PF[2 * w :] - along_PF[w:-w]
-    a, b = np.linalg.norm(before, axis=1), np.linalg.norm(following, axis=1)
-    detour = a + b - np.linalg.norm(before + following, axis=1)
-    i = int(detour.argmax())
-    cosine = float(before[i] @ following[i]) / max(float(a[i] * b[i]), 1e-12)
-    # Length rises strictly where the path moves; where it rests, the first of the steps is taken.
-    moving = np.concatenate([[True], np.diff(length_S) > 0])
-    at = float(np.interp(even[w + i], length_S[moving], steps[moving]))
-    return at, float(detour[i]), float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
-
-
-def _shuffled(path_SF: Array, rng: np.random.Generator) -> Array:
-    moves = rng.permutation(np.diff(path_SF, axis=0))
-    return path_SF[0] + np.concatenate([np.zeros((1, path_SF.shape[1])), np.cumsum(moves, 0)])

@@ -11,12 +11,10 @@ Dims: N sequences, T position, H head, Q query, S key, C domain.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +22,6 @@ from actome.clamps import Ablate
 from actome.core.errors import MeasureError
 from actome.core.load import wrap
 from actome.core.model import Model
-from actome.dynamics.dates import Lead, Passage, first_passage, lead_time
-from actome.dynamics.law_checks import Control
-from actome.dynamics.laws import LawFit, fit_law
 from actome.dynamics.walk import over_runs
 from actome.measures.drains import ResidualPeak, ValueDrain
 from actome.measures.heads import DormantHeads
@@ -69,8 +64,9 @@ class ExtremeTokens:
         Returns:
             One row for each head: ``layer``, ``head``; for each domain ``sink NAME``, the mean weight on the first
             token, ``uniform NAME``, what an even spread over the past would give, ``dormant_rate NAME``, see
-            `DormantHeads`, and ``logit_gap NAME``, the first token's score less the mean of the others' in sight; ``value_drain``, see `ValueDrain` (of the head's key
-            and value group where heads share them), and ``residual_peak`` after the layer, see `ResidualPeak`.
+            `DormantHeads`, and ``logit_gap NAME``, the first token's score less the mean of the others' in sight;
+            ``value_drain``, see `ValueDrain` (of the head's key and value group where heads share them), and
+            ``residual_peak`` after the layer, see `ResidualPeak`.
 
         Raises:
             MeasureError: labels of another shape or of domains that are not there.
@@ -131,7 +127,9 @@ class ExtremeTokens:
 
         steps, found = over_runs(runs, look)
         parts = [
-            frame.assign(run=i, step=step) for i, run in enumerate(found) for step, frame in zip(steps, run, strict=True)
+            frame.assign(run=i, step=step)
+            for i, run in enumerate(found)
+            for step, frame in zip(steps, run, strict=True)
         ]
         frame = pd.concat(parts, ignore_index=True)
         return frame[["run", "step", *frame.columns.drop(["run", "step"])]]
@@ -207,85 +205,6 @@ def _loss_by_domain(model: Model, tokens: Tensor, labels: Tensor, domains: int, 
             total[c] += loss_NT[here].sum()
             count[c] += here.sum()
     return (total / count).tolist()
-
-
-@dataclass(frozen=True)
-class SinkEmergence:
-    """When and how the sink of one head came up.
-
-    Attributes:
-        dates: of ``"sink"``, ``"value_drain"`` and ``"residual_peak"``.
-        leads: of the sink over each of the other two; missing where neither came.
-        change: last value less first of each, mean over runs; a date of what hardly changed says nothing.
-        growth: the law ``A0 + c ln(step)`` of the logit gap, with its band.
-        control: the same law on the gap's values in shuffled order.
-        reinforcement: rank correlation of logit gap and value drain over checkpoints, median over runs: near -1 where
-            one grows while the other shrinks. Two trends correlate whatever made them.
-    """
-
-    dates: dict[str, Passage]
-    leads: dict[str, Lead]
-    change: dict[str, float]
-    growth: LawFit = field(repr=False)
-    control: Control = field(repr=False)
-    reinforcement: float
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """By median date, what never came last."""
-        return tuple(sorted(self.dates, key=lambda name: self.dates[name].at))
-
-
-def sink_emergence(
-    frame: pd.DataFrame, idle: str, *, layer: int = 0, head: int = 0, share: float = 0.5, hold: int = 2,
-    after: float = 1, permutations: int = 99, seed: int = 0,
-) -> SinkEmergence:  # fmt: skip
-    """Dates the sink, the value drain and the residual peak of one head, and fits the growth of its logit gap.
-
-    Args:
-        frame: of `ExtremeTokens.trace`.
-        idle: the domain in which the head has nothing to do.
-        layer, head: which head.
-        share: of the way from its first value to its last that each has to go, for good, to have come up.
-        hold: checkpoints in a row that must be beyond that.
-        after: steps before it are left out of the law, such as those before there is a sink.
-        permutations, seed: of the control and of the intervals.
-
-    Raises:
-        MeasureError: a domain or a head that the frame does not have, or too few checkpoints.
-
-    Source: Guo et al. 2024, section 3 (mutual reinforcement; the gap grows like the logarithm of the steps).
-    """
-    from scipy.stats import spearmanr
-
-    domains = [name.removeprefix("sink ") for name in frame.columns if name.startswith("sink ")]
-    if idle not in domains:
-        raise MeasureError(f"idle={idle!r} is no domain of this frame; there are {', '.join(domains) or 'none'}")
-    one = frame[(frame["layer"] == layer) & (frame["head"] == head)]
-    if one.empty:
-        raise MeasureError(f"layer {layer} has no head {head} in this frame")
-    columns = {"sink": f"sink {idle}", "value_drain": "value_drain", "residual_peak": "residual_peak"}
-    curves = {name: one.pivot(index="run", columns="step", values=column) for name, column in columns.items()}
-    gap = one.pivot(index="run", columns="step", values=f"logit_gap {idle}")
-    steps = gap.columns.to_numpy(dtype=np.float64)
-    dates = {
-        name: first_passage(steps, curve.to_numpy(), share=share, hold=hold, seed=seed) for name, curve in curves.items()
-    }
-    came = {name for name, date in dates.items() if date.censored < 1}
-    leads = {
-        name: lead_time(dates["sink"], dates[name], seed=seed)
-        for name in ("value_drain", "residual_peak") if came & {"sink", name}
-    }  # fmt: skip
-    late = steps >= max(after, math.ulp(0))
-    growth = fit_law(steps[late], gap.to_numpy()[:, late], "log")
-    together = [
-        float(spearmanr(gap.to_numpy()[i, late], curves["value_drain"].to_numpy()[i, late]).statistic)
-        for i in range(len(gap))
-    ]
-    return SinkEmergence(
-        dates, leads, {name: float((curve.iloc[:, -1] - curve.iloc[:, 0]).mean()) for name, curve in curves.items()},
-        growth, growth.control(permutations, seed), float(np.median(together)),
-    )  # fmt: skip
 
 
 def _checked(tokens: Tensor, labels: Tensor, domains: Sequence[str]) -> Tensor:

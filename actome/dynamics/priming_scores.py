@@ -198,7 +198,7 @@ def _checked(
         for theme in (sample.theme, *(sample.far or ())):
             if theme not in prefixes or not len(prefixes[theme]):
                 raise MeasureError(f"sample {i}: no prefixes of the theme {theme!r}{nearest(theme, prefixes)}")
-        if sample.far is None and len(prefixes) < 2 or sample.far == ():
+        if sample.far == () or (sample.far is None and len(prefixes) < 2):
             raise MeasureError(f"sample {i} has no other theme for the control; give prefixes of two themes")
         if sample.context.ndim != 1 or sample.key.ndim != 1 or not len(sample.context) or not len(sample.key):
             shapes = f"{tuple(sample.context.shape)} and {tuple(sample.key.shape)}"
@@ -228,9 +228,7 @@ def _restored(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def _teach(
-    module: nn.Module, text: Tensor, steps: int, batches: Any, every: int, optimizer: Any, seed: int
-) -> None:
+def _teach(module: nn.Module, text: Tensor, steps: int, batches: Any, every: int, optimizer: Any, seed: int) -> None:
     parameters = [p for p in module.parameters() if p.requires_grad]
     make = optimizer or (lambda params: torch.optim.Adam(params, lr=3e-4))
     chosen, device = make(parameters), parameters[0].device

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from actome.core.load import wrap
-from actome.dynamics.dormant_heads import ExtremeTokens, SinkEmergence, ablation_by_query, sink_emergence
+from actome.dynamics.dormant_heads import ExtremeTokens, ablation_by_query
+from actome.dynamics.sink_dates import SinkEmergence, sink_emergence
 from actome.papers.registry import Entry, Scale
 from actome.tasks import Subject, SubjectConfig, Training, next_token_loss, train
 from actome.tasks.backcopy import Backcopy

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from actome.dynamics.concept_space import ConceptSpace, ConceptTrace, ConceptTurn, concept_signal
+from actome.dynamics.concept_space import ConceptSpace, ConceptTrace, concept_signal
 from actome.dynamics.elicitation import Elicitation, LatentPush, OverPrompt, elicit
+from actome.dynamics.path_turns import PathTurn
 from actome.papers.registry import Entry, Scale
 from actome.tasks import Training, train
 from actome.tasks.shapes2d import ShapeDecoder, Shapes2D
@@ -119,7 +120,7 @@ def _signal(world: Shapes2D) -> dict[str, float]:
     return dict(zip(world.factors, concept_signal(world.render, low, high).tolist(), strict=True))
 
 
-def _turn(found: ConceptTurn) -> dict[str, Any]:
+def _turn(found: PathTurn) -> dict[str, Any]:
     return {"step": found.at, "runs": found.runs, "angle": found.angle, "detour": found.detour,
             "shuffled_detour": found.control, "p": found.p}  # fmt: skip
 
