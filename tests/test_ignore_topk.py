@@ -189,3 +189,6 @@ def test_bad_input_is_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             IgnoreTopK(inner, **options)
+    inner.param_groups[0]["params"][0].device_mesh = "two processes"
+    with pytest.raises(TypeError, match="sharded"):
+        IgnoreTopK(inner)

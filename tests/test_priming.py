@@ -12,7 +12,7 @@ from torch import nn
 
 import actome as ac
 from actome.core.errors import MeasureError
-from actome.dynamics.priming_scores import Sample, keyword_log_probs, priming, priming_threshold, stepping_stone
+from actome.dynamics.priming_scores import Fact, keyword_log_probs, priming, priming_threshold, stepping_stone
 from actome.tasks import Subject, SubjectConfig
 from actome.tasks.losses import TrainingError
 from actome.tasks.theme_world import LINK, ThemeWorld
@@ -35,7 +35,7 @@ def ids(*tokens: int) -> torch.Tensor:
 
 def test_one_step_of_gradient_descent_by_hand():
     module, lr = Bigram(), 2.0
-    fact = Sample(ids(0, 1), ids(4), "near", other=ids(5))
+    fact = Fact(ids(0, 1), ids(4), "near", other=ids(5))
     prefixes = {"near": [ids(2, 1), ids(0, 3)], "away": ids(0, 2)[None]}
     frame = priming(module, [fact], prefixes, 1, optimizer=lambda params: torch.optim.SGD(params, lr))
     (row,) = frame.to_dict("records")
@@ -59,7 +59,7 @@ def test_the_model_is_as_it_was_and_wrapped_ones_are_taken():
     config = SubjectConfig(vocab=12, d_model=16, layers=1, heads=2, context=10)
     subject = Subject.fresh(config)
     start = {name: one.clone() for name, one in subject.state_dict().items()}
-    facts = [Sample(ids(0, 1, 2), ids(9, 3), "a"), Sample(ids(0, 4), ids(8), "b", text=ids(0, 4, 8, 5, 5))]
+    facts = [Fact(ids(0, 1, 2), ids(9, 3), "a"), Fact(ids(0, 4), ids(8), "b", text=ids(0, 4, 8, 5, 5))]
     prefixes = {"a": torch.tensor([[0, 2, 3], [0, 1, 1]]), "b": [ids(0, 5), ids(0, 5, 6, 7)]}
     ordinary = torch.arange(48).view(2, 4, 6) % 12
     options = {"steps": 4, "batches": lambda step: ordinary[step % 2], "every": 2}
@@ -80,7 +80,7 @@ def test_padding_beside_ordinary_text_changes_no_gradient():
     # The same step with the sample in a batch of longer rows, and by itself with the rows weighted by their targets.
     module = Bigram()
     long, short = ids(0, 1, 2, 3, 4)[None], ids(5, 4, 3)
-    fact = Sample(short[:2], short[2:], "a", other=ids(1))
+    fact = Fact(short[:2], short[2:], "a", other=ids(1))
     prefixes = {"a": ids(0, 4)[None], "b": ids(0, 1)[None]}
     frame = priming(
         module, [fact], prefixes, 1, batches=lambda step: long, optimizer=lambda params: torch.optim.SGD(params, 6.0)
@@ -96,7 +96,7 @@ def test_a_stepping_stone_is_the_likeliest_way():
         module.table[1] = torch.tensor([0.0, 0, 5, 3, -5, 0])  # after the context 2 is likeliest, then 3
         module.table[2] = torch.tensor([0.0, 0, 0, 0, -4, 0])
         module.table[3] = torch.tensor([0.0, 0, 0, 0, 6, 0])  # but 3 leads to the keyword
-    fact = Sample(ids(0, 1), ids(4), "a")
+    fact = Fact(ids(0, 1), ids(4), "a")
     stepped = stepping_stone(module, fact, [ids(2), ids(3), ids(0)])
     assert stepped.context.tolist() == [0, 1, 3]
     assert stepped.trained.tolist() == [0, 1, 3, 4]
@@ -119,13 +119,13 @@ def test_a_planted_break_is_found_near_its_probability():
 
 def test_bad_input_is_refused():
     module, prefixes = Bigram(), {"near": ids(0, 2)[None], "away": ids(0, 3)[None]}
-    fact = Sample(ids(0), ids(4), "near")
+    fact = Fact(ids(0), ids(4), "near")
     for facts, options, message in (
         ([], {}, "no sample was given"),
-        ([Sample(ids(0), ids(4), "naer", other=ids(5))], {}, "no prefixes of the theme 'naer'; nearest: near"),
+        ([Fact(ids(0), ids(4), "naer", other=ids(5))], {}, "no prefixes of the theme 'naer'; nearest: near"),
         ([fact], {}, "all samples have one keyword"),
-        ([Sample(ids(), ids(4), "near", other=ids(5))], {}, "context and key are token ids"),
-        ([Sample(ids(0), ids(4), "near", far=(), other=ids(5))], {}, "no other theme"),
+        ([Fact(ids(), ids(4), "near", other=ids(5))], {}, "context and key are token ids"),
+        ([Fact(ids(0), ids(4), "near", far=(), other=ids(5))], {}, "no other theme"),
         ([fact], {"every": 2}, "batches= for the steps between"),
         ([fact], {"steps": 0}, "steps=0"),
     ):
@@ -134,7 +134,7 @@ def test_bad_input_is_refused():
     broken = Bigram()
     broken.table.data[0, 0] = float("nan")
     with pytest.raises(TrainingError, match="the loss of step 0"):
-        priming(broken, [Sample(ids(0), ids(4), "near", other=ids(5))], prefixes, 2)
+        priming(broken, [Fact(ids(0), ids(4), "near", other=ids(5))], prefixes, 2)
     assert bool(broken.table.isnan().any())
 
 

@@ -42,7 +42,7 @@ _HOMES = {
     "concept_space": ("ConceptSpace", "ConceptTrace", "concept_signal"),
     "dormant_heads": ("ExtremeTokens", "ablation_by_query"),
     "elicitation": ("Elicitation", "LatentPush", "OverPrompt", "elicit", "latent_direction", "overprompt"),
-    "priming_scores": ("Sample", "keyword_log_probs", "priming", "priming_threshold", "stepping_stone"),
+    "priming_scores": ("Fact", "keyword_log_probs", "priming", "priming_threshold", "stepping_stone"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .concept_space import ConceptSpace, ConceptTrace, concept_signal
     from .dormant_heads import ExtremeTokens, ablation_by_query
     from .elicitation import Elicitation, LatentPush, OverPrompt, elicit, latent_direction, overprompt
-    from .priming_scores import Sample, keyword_log_probs, priming, priming_threshold, stepping_stone
+    from .priming_scores import Fact, keyword_log_probs, priming, priming_threshold, stepping_stone
 
 __all__ = [
     "LAWS",
@@ -65,6 +65,7 @@ __all__ = [
     "EvalVariance",
     "Extrapolation",
     "ExtremeTokens",
+    "Fact",
     "LatentPush",
     "Law",
     "LawComparison",
@@ -79,7 +80,6 @@ __all__ = [
     "Recovered",
     "RunStore",
     "RunWriter",
-    "Sample",
     "Segments",
     "Sink",
     "SinkEmergence",

@@ -114,7 +114,7 @@ class LatentPush:
     strengths: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
 
     def __call__(self, space: ConceptSpace, module: Any) -> Iterator[Tensor]:
-        model = wrap(module)
+        model = module if isinstance(module, Model) else wrap(module)
         direction = latent_direction(model, self.site, self.high, self.low)
         for strength in self.strengths:
             with model.clamp(Add(self.site, direction, scale=strength)):

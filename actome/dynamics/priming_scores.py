@@ -31,7 +31,7 @@ Prefixes = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class Fact:
     """One new fact.
 
     Attributes:
@@ -56,7 +56,7 @@ class Sample:
 
 
 def priming(
-    model: Any, samples: Sequence[Sample], theme_prefixes: Mapping[str, Prefixes], steps: int = 20, *,
+    model: Any, samples: Sequence[Fact], theme_prefixes: Mapping[str, Prefixes], steps: int = 20, *,
     batches: Callable[[int], Tensor] | None = None, every: int = 1,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None, seed: int = 0,
 ) -> pd.DataFrame:  # fmt: skip
@@ -93,7 +93,7 @@ def priming(
 
     >>> from actome.tasks import Subject, SubjectConfig
     >>> subject = Subject.fresh(SubjectConfig(vocab=16, d_model=16, layers=1, heads=2, context=8))
-    >>> fact = Sample(torch.tensor([0, 1, 2]), torch.tensor([9]), theme="a", other=torch.tensor([8]))
+    >>> fact = Fact(torch.tensor([0, 1, 2]), torch.tensor([9]), theme="a", other=torch.tensor([8]))
     >>> prefixes = {"a": torch.tensor([[0, 1, 3]]), "b": torch.tensor([[0, 5, 6]])}
     >>> frame = priming(subject, [fact], prefixes, steps=5)
     >>> bool(frame.s_mem[0] > frame.s_prime[0] > frame.s_prime_null[0])
@@ -148,7 +148,7 @@ def keyword_log_probs(module: nn.Module, prefixes: Prefixes, key: Tensor) -> Ten
     return found
 
 
-def stepping_stone(model: Any, sample: Sample, stones: Iterable[Tensor]) -> Sample:
+def stepping_stone(model: Any, sample: Fact, stones: Iterable[Tensor]) -> Fact:
     """The same fact told by way of likelier words, so that its keyword comes as less of a surprise.
 
     Of the given ways the one is taken that makes the telling as likely as can be: the largest
@@ -188,10 +188,10 @@ def priming_threshold(frame: pd.DataFrame, **options: Any) -> ChangePoint:
 
 
 def _checked(
-    samples: Sequence[Sample], prefixes: Mapping[str, Prefixes], steps: int, every: int, batches: Any
-) -> list[Sample]:
+    samples: Sequence[Fact], prefixes: Mapping[str, Prefixes], steps: int, every: int, batches: Any
+) -> list[Fact]:
     if not samples:
-        raise MeasureError("no sample was given: a list of Sample(context, key, theme)")
+        raise MeasureError("no sample was given: a list of Fact(context, key, theme)")
     if steps < 1 or every < 1 or (batches is None and every > 1):
         raise MeasureError(f"steps={steps}, every={every}: give 1 or more, and batches= for the steps between")
     for i, sample in enumerate(samples):
@@ -206,12 +206,12 @@ def _checked(
     return list(samples)
 
 
-def _other(samples: Sequence[Sample], i: int, seed: int) -> Tensor:
+def _other(samples: Sequence[Fact], i: int, seed: int) -> Tensor:
     if samples[i].other is not None:
         return samples[i].other
     different = [one.key for one in samples if not torch.equal(one.key, samples[i].key)]
     if not different:
-        raise MeasureError("all samples have one keyword, so there is no null; give Sample(..., other=...)")
+        raise MeasureError("all samples have one keyword, so there is no null; give Fact(..., other=...)")
     return different[int(np.random.default_rng([seed, i]).integers(len(different)))]
 
 
@@ -232,7 +232,7 @@ def _teach(module: nn.Module, text: Tensor, steps: int, batches: Any, every: int
     parameters = [p for p in module.parameters() if p.requires_grad]
     make = optimizer or (lambda params: torch.optim.Adam(params, lr=3e-4))
     chosen, device = make(parameters), parameters[0].device
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         module.train()
         for step in range(steps):

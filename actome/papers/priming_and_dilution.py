@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from actome.dynamics.priming_scores import Sample, priming, priming_threshold, stepping_stone
+from actome.dynamics.priming_scores import Fact, priming, priming_threshold, stepping_stone
 from actome.papers.registry import Entry, Scale
 from actome.tasks import Subject, SubjectConfig, train
 from actome.tasks.theme_world import LINK, ThemeWorld
@@ -99,7 +99,7 @@ def _trial(seed: int, pretraining: int, count: int, steps: int) -> dict[str, pd.
     facts = _facts(world, count, seed)
     ordinary = world.sample(steps * ROWS, seed + 3).view(steps, ROWS, -1)
 
-    def arm(samples: Sequence[Sample], wrapped: Callable[[Any], Any] = lambda plain: plain, upto: int = steps) -> Any:
+    def arm(samples: Sequence[Fact], wrapped: Callable[[Any], Any] = lambda plain: plain, upto: int = steps) -> Any:
         def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             return wrapped(torch.optim.Adam(parameters, RATE))
 
@@ -107,7 +107,7 @@ def _trial(seed: int, pretraining: int, count: int, steps: int) -> dict[str, pd.
             model, samples, prefixes, upto, batches=lambda step: ordinary[step], every=EVERY, optimizer=make, seed=seed
         )
 
-    def stepped(fact: Sample) -> Sample:
+    def stepped(fact: Fact) -> Fact:
         relation = int(fact.theme.split()[1])
         ways = [torch.tensor([world.attribute(relation, i), LINK]) for i in range(world.attributes)]
         return stepping_stone(model, fact, ways)
@@ -122,7 +122,7 @@ def _trial(seed: int, pretraining: int, count: int, steps: int) -> dict[str, pd.
     }
 
 
-def _facts(world: ThemeWorld, count: int, seed: int) -> list[Sample]:
+def _facts(world: ThemeWorld, count: int, seed: int) -> list[Fact]:
     """Facts whose keywords are spread over all ranks, in random themes and every relation in turn."""
     generator = torch.Generator().manual_seed(seed)
     facts = []
@@ -135,7 +135,7 @@ def _facts(world: ThemeWorld, count: int, seed: int) -> list[Sample]:
         )
         far = tuple(_name(one, relation) for one in range(world.themes) if one != theme)
         context = world.prefixes(1, theme, relation, seed=seed + 1000 + n)[0]
-        facts.append(Sample(context, torch.tensor([key]), _name(theme, relation), far, torch.tensor([other])))
+        facts.append(Fact(context, torch.tensor([key]), _name(theme, relation), far, torch.tensor([other])))
     return facts
 
 

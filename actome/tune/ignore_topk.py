@@ -21,8 +21,8 @@ class IgnoreTopK(torch.optim.Optimizer):
     left out.
 
     Learning-rate schedulers, `torch.amp.GradScaler`, closures and ``state_dict`` work on it as on any optimizer. It
-    holds one more copy of the weights that have a gradient during a step. Sharded tensors (FSDP, DTensor) are ranked
-    shard by shard.
+    holds one more copy of the weights that have a gradient during a step. Sharded parameters (DTensor) are refused: the
+    largest entries of a shard are not those of the whole.
 
     Args:
         optimizer: to wrap; use only the wrapper from here on.
@@ -33,7 +33,7 @@ class IgnoreTopK(torch.optim.Optimizer):
         seed: of the random ones.
 
     Raises:
-        TypeError: what is wrapped is no optimizer.
+        TypeError: what is wrapped is no optimizer, or its parameters are sharded.
         ValueError: a share beyond 0 to 1, or a scope or choice that does not exist.
 
     Example:
@@ -57,6 +57,8 @@ class IgnoreTopK(torch.optim.Optimizer):
             raise ValueError(f"scope={scope!r} does not exist; choose 'tensor' or 'global'")
         if choice not in ("top", "random"):
             raise ValueError(f"choice={choice!r} does not exist; choose 'top' or 'random'")
+        if any(hasattr(p, "device_mesh") for group in optimizer.param_groups for p in group["params"]):
+            raise TypeError("IgnoreTopK ranks whole parameters, and these are sharded (DTensor); wrap them unsharded")
         self.optimizer, self.k, self.scope, self.choice = optimizer, k, scope, choice
         self._generator = torch.Generator().manual_seed(seed)
         super().__init__([dict(group) for group in optimizer.param_groups], optimizer.defaults)
@@ -92,7 +94,7 @@ class IgnoreTopK(torch.optim.Optimizer):
         if self.choice == "random":
             left_out = torch.randperm(sum(sizes), generator=self._generator)[:count]
         else:
-            # Not every dtype and device can subtract and rank in place of one another; float32 holds any weight.
+            # Parameters may be of several dtypes and devices; float32 on one of these ranks them all.
             size = [(p - old).abs().float().flatten().to(moved[0].device) for p, old in zip(moved, before, strict=True)]
             left_out = torch.cat(size).topk(count, sorted=False).indices
         start = 0
