@@ -27,7 +27,7 @@ class SinkEmergence:
         dates: of ``"sink"``, ``"value_drain"`` and ``"residual_peak"``.
         leads: of the sink over each of the other two; missing where neither came.
         change: last value less first of each, mean over runs; a date of what hardly changed says nothing.
-        growth: the law ``A0 + c ln(step)`` of the logit gap, with its band.
+        growth: the law ``a + b ln(step)`` of the logit gap, with its band.
         control: the same law on the gap's values in shuffled order.
         reinforcement: rank correlation of logit gap and value drain over checkpoints, median over runs: near -1 where
             one grows while the other shrinks. Two trends correlate whatever made them.
