@@ -143,6 +143,16 @@ def test_a_trace_has_the_measures_of_each_checkpoint(text):
     assert np.allclose(frame.iloc[3][last.index].astype(float), last.astype(float))
 
 
+def test_bfloat16_gives_nearly_the_same(subject, text):
+    tokens, labels = text
+    half = Subject.fresh(subject.config).to(torch.bfloat16)
+    one, other = (ExtremeTokens(DOMAINS).measure(ac.wrap(module), tokens, labels) for module in (half, subject))
+    # Three significant digits of bfloat16, through two layers.
+    assert np.allclose(one, other, rtol=0.05, atol=0.05)
+    without = ablation_by_query(ac.wrap(half), tokens, labels, DOMAINS)
+    assert np.allclose(without, ablation_by_query(ac.wrap(subject), tokens, labels, DOMAINS), atol=0.05)
+
+
 def test_bad_input_is_refused(subject, text):
     tokens, labels = text
     model = ac.wrap(subject)

@@ -76,6 +76,17 @@ def test_the_model_is_as_it_was_and_wrapped_ones_are_taken():
     )
 
 
+def test_bfloat16_models_are_taught_too():
+    subject = Subject.fresh(SubjectConfig(vocab=12, d_model=16, layers=1, heads=2, context=6)).to(torch.bfloat16)
+    prefixes = {"a": ids(0, 2)[None], "b": ids(0, 3)[None]}
+    frame = priming(
+        subject, [Fact(ids(0, 1), ids(9), "a", other=ids(8))], prefixes, 8,
+        optimizer=lambda params: torch.optim.SGD(params, 0.5),
+    )  # fmt: skip
+    assert frame.s_mem[0] > 2
+    assert subject.embed.weight.dtype == torch.bfloat16
+
+
 def test_padding_beside_ordinary_text_changes_no_gradient():
     # The same step with the sample in a batch of longer rows, and by itself with the rows weighted by their targets.
     module = Bigram()
