@@ -198,6 +198,10 @@ def test_overprompting_wins_by_the_steps_that_its_strength_is_worth():
     assert elicit(SPACE, runs, (1, 1), prompt, both, pushed="b").dates["over"].censored == 1
     with pytest.raises(MeasureError, match="pushed='c'"):
         elicit(SPACE, runs, (1, 1), prompt, ways, pushed="c")
+    with pytest.raises(MeasureError, match="no way was given"):
+        elicit(SPACE, runs, (1, 1), prompt, {}, pushed="b")
+    with pytest.raises(MeasureError, match="is no combination"):
+        elicit(SPACE, runs, (1, 2), prompt, ways, pushed="b")
     with pytest.raises(MeasureError, match="another name"):
         elicit(SPACE, runs, (1, 1), prompt, {"naive": ways["over"]}, pushed="b")
 

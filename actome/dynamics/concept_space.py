@@ -62,6 +62,12 @@ class ConceptSpace:
     def concepts(self) -> tuple[str, ...]:
         return tuple(self.readouts)
 
+    def check(self, combos: Sequence[Combo]) -> None:
+        """Refuses what are no combinations of classes of the concepts."""
+        for combo in combos:
+            if len(combo) != len(self.concepts) or not set(combo) <= {0, 1}:
+                raise MeasureError(f"{combo} is no combination of classes of {', '.join(self.concepts)}: a 0 or 1 each")
+
     def coordinates(self, outputs: Tensor) -> Tensor:
         """Where outputs (n, ...) lie, (n, concepts)."""
         found = [readout(outputs) for readout in self.readouts.values()]
@@ -132,9 +138,7 @@ class ConceptSpace:
         Raises:
             MeasureError: combinations of another length than there are concepts, or runs of different steps.
         """
-        for combo in [*prompts, *held_out]:
-            if len(combo) != len(self.concepts) or not set(combo) <= {0, 1}:
-                raise MeasureError(f"{combo} is no combination of classes of {', '.join(self.concepts)}: a 0 or 1 each")
+        self.check([*prompts, *held_out])
 
         def look(module: Any) -> Array:
             asked = (self.coordinates(self.generate(module, prompt)).mean(0) for prompt in prompts.values())

@@ -118,7 +118,9 @@ class LatentPush:
         direction = latent_direction(model, self.site, self.high, self.low)
         for strength in self.strengths:
             with model.clamp(Add(self.site, direction, scale=strength)):
-                yield space.generate(module, self.prompt)
+                outputs = space.generate(module, self.prompt)
+            # Outside the clamp: whoever takes no more attempts must not leave it on.
+            yield outputs
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,13 @@ def elicit(
         pushed: the concept that the ways push.
         tolerance: for the other concepts.
         hold: checkpoints in a row that have to give the combination, from its date on.
+
+    Raises:
+        MeasureError: no way, a combination or a concept that the space does not have, or runs of different steps.
     """
+    space.check([target])
+    if not ways:
+        raise MeasureError("no way was given: {name: OverPrompt(...)}, or any (space, module) -> outputs of attempts")
     if pushed not in space.concepts:
         raise MeasureError(f"pushed={pushed!r} is no concept; there are {', '.join(space.concepts)}")
     if "naive" in ways:
