@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import time
 
-import numpy as np
 import torch
 
 from actome.dynamics.lcpfn import LCPFN
@@ -49,7 +48,7 @@ def report(pfn: LCPFN) -> None:
         forecast, truth = pfn.predict(curves[:, :cut]), torch.from_numpy(curves[:, cut:])
         low, high = forecast.interval(0.9)
         inside = ((low <= truth) & (truth <= high)).double().mean()
-        score, error = forecast.log_prob(truth).mean(), np.abs(forecast.mean() - truth).mean()
+        score, error = forecast.log_prob(truth).mean(), (forecast.mean() - truth).abs().mean()
         print(f"cut {cut}: log score {score:.3f}, mean error {error:.4f}, 90 % interval holds {inside:.3f}")
 
 

@@ -87,11 +87,11 @@ def accept_then_stop(
     Source: Selecting Large Language Model to Fine-tune via Rectified Scaling Law, algorithm 1.
 
     >>> D = 200.0 * 2 ** np.arange(8)
-    >>> noise = np.array([0, 1, -1, 1, -1, 1, 0, -1]) * 0.003
+    >>> noise = np.array([0, 1, -1, 1, -1, 1, -1, 1]) * 0.003
     >>> curves = {"plain": (D, 9 / D**0.2 * np.exp(noise)), "learned": (D, 90 / (300 + D**0.7) * np.exp(noise))}
     >>> ranking = accept_then_stop(curves, target=1e6)
-    >>> ranking.order, ranking.table.used.tolist()                  # the last sizes of one, all of the other
-    (('learned', 'plain'), [4, 8])
+    >>> ranking.order, ranking.table.used.tolist()                  # a pre-power phase in one
+    (('learned', 'plain'), [3, 8])
     """
     if k < 3 or not delta > 0 or not floor > 0:
         raise MeasureError(f"k={k}, delta={delta}, floor={floor}: want 3 or more, and numbers above 0")

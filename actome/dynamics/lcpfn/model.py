@@ -184,7 +184,7 @@ class LCPFN:
             Bars of shape (Q) or (N, Q), Q the number of horizons, of values with their noise.
 
         Raises:
-            MeasureError: an empty prefix, values that are not finite or far out of [0, 1], or horizons that lie beyond
+            MeasureError: an empty prefix, values that are not finite or lie out of [0, 1] by more than noise, or horizons that lie beyond
                 the curve's end.
         """
         y = torch.as_tensor(np.asarray(y_prefix, dtype=np.float64))
@@ -195,10 +195,11 @@ class LCPFN:
             raise MeasureError(f"y_prefix has shape {tuple(y.shape)}; want (points) or (curves, points), one at least")
         count = y_NC.shape[1]
         later = ahead(horizons, count, length)
-        if not bool(y_NC.isfinite().all()) or float(y_NC.min()) < -1 or float(y_NC.max()) > 2:
+        middle_N = y_NC.median(1).values
+        if not bool(y_NC.isfinite().all()) or float(middle_N.min()) < -0.25 or float(middle_N.max()) > 1.25:
             raise MeasureError(
                 f"the prefix goes from {float(y_NC.min()):g} to {float(y_NC.max()):g}; the network knows measures that "
-                "rise within [0, 1] (and their noise); extrapolate_curve brings losses and other scales there"
+                "rise within [0, 1], and their noise; extrapolate_curve brings losses and other scales there"
             )
         device, dtype = self.net.read.weight.device, self.net.read.weight.dtype
         steps = np.array([*range(1, count + 1), *(count + h for h in later)])
