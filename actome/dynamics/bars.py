@@ -40,6 +40,15 @@ def bar_log_density(logits: Tensor, borders: Tensor, y: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, bar[..., None])[..., 0] + density
 
 
+def tail_width(away: Tensor) -> Tensor:
+    """The width of an outer bar whose half-normal fits best (maximum likelihood) what lies out there, `away` > 0.
+
+    >>> round(float(tail_width(torch.tensor([-1.0, 3.0, 4.0, 5.0]))), 3)          # 0.6745 sqrt((9 + 16 + 25) / 3)
+    2.754
+    """
+    return _HALF * (away[away > 0] ** 2).mean().sqrt()
+
+
 @dataclass(frozen=True)
 class BarDistribution(Forecast):
     """Distributions over one set of bars, one for each leading index; the outer bars are half-normal tails.

@@ -207,7 +207,9 @@ def _power(y_C: Array, horizon: int) -> GaussianMixture:
     fit = fit_law(x[: len(y_C)], y_C, "power", min_points=5)
     low, high = fit.band(later, 0.9, "prediction")
     # Half the band in standard deviations of Student's t; a normal of that t's variance stands for it.
-    spread = (high - low) / 2 / float(t.ppf(0.95, fit.degrees)) * math.sqrt(max(fit.degrees / max(fit.degrees - 2, 1), 1))
+    spread = (
+        (high - low) / 2 / float(t.ppf(0.95, fit.degrees)) * math.sqrt(max(fit.degrees / max(fit.degrees - 2, 1), 1))
+    )
     return _normal(fit.predict(later), np.maximum(spread, _least(y_C)))
 
 
@@ -221,8 +223,8 @@ def _to_unit(y_C: Array, goal: Goal, bounds: tuple[float, float] | None) -> tupl
     low, high = map(float, bounds)
     if not low < high or not math.isfinite(high - low):
         raise MeasureError(f"bounds={bounds}: want the lowest and the highest value that the measure can take")
-    room = 0.25 * (high - low)  # for noise
-    if y_C.min() < low - room or y_C.max() > high + room:
+    middle, room = float(np.median(y_C)), 0.25 * (high - low)  # single values may be out for their noise
+    if not low - room <= middle <= high + room:
         raise MeasureError(
             f"the curve goes from {y_C.min():g} to {y_C.max():g}, out of bounds ({low:g}, {high:g}); give "
             "bounds=(lowest, highest) that the measure can take"

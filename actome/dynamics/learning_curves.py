@@ -108,7 +108,10 @@ _FAMILIES = [
     ),
     CurveFamily(
         "exp4", "c - exp(b - a x^alpha)", lambda x, c, a, b, alpha: c - np.exp(b - a * x**alpha),
-        {"c": _normal(0.8, 0.1), "a": _normal(-2, 1, "exp"), "b": _normal(0, 0.5, "exp"), "alpha": _normal(0, 1, "exp")},
+        {
+            "c": _normal(0.8, 0.1), "a": _normal(-2, 1, "exp"), "b": _normal(0, 0.5, "exp"),
+            "alpha": _normal(0, 1, "exp"),
+        },
     ),
     CurveFamily(
         "pow4", "c - (a x + b)^-alpha", lambda x, c, a, b, alpha: c - (a * x + b) ** -alpha,

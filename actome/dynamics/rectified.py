@@ -23,11 +23,12 @@ class RectifiedLaw:
     Args:
         pre_learned_size: False fixes D_l at 0, which is the plain law (``"vanilla"``), fitted in the same way.
         loss: ``"soft_l1"`` lets outlying points count less.
+        starts: how many searches; of curves of the law with noise, 3 and 12 end in the same place.
 
     Attributes:
         fit_: the `LawFit` with errors, diagnostics, bootstrap and control, after `fit`.
 
-    Source: Selecting Large Language Model to Fine-tune via Rectified Scaling Law, the law and its derivation from a pre-learned data size.
+    Source: Selecting Large Language Model to Fine-tune via Rectified Scaling Law.
 
     >>> D = 200.0 * 2 ** np.arange(12)
     >>> law = RectifiedLaw().fit(D, 300 / (400 + D**0.6) + 0.5)
@@ -37,6 +38,7 @@ class RectifiedLaw:
 
     pre_learned_size: bool = True
     loss: Loss = "linear"
+    starts: int = 4
     fit_: LawFit | None = field(default=None, init=False, repr=False)
 
     def fit(self, D: Any, L: Any) -> RectifiedLaw:
@@ -51,11 +53,11 @@ class RectifiedLaw:
             MeasureError: fewer than five sizes (four for the plain law), losses of 0 or less, negative sizes.
         """
         if self.pre_learned_size:
-            self.fit_ = fit_law(D, L, "rectified", loss=self.loss, min_points=5)
+            self.fit_ = fit_law(D, L, "rectified", loss=self.loss, starts=self.starts, min_points=5)
             return self
         if np.min(np.asarray(D, dtype=np.float64)) <= 0:
             raise MeasureError("the plain power law has no value at D = 0; leave that point out, or let D_l be fitted")
-        self.fit_ = fit_law(D, L, _VANILLA, loss=self.loss, min_points=4)
+        self.fit_ = fit_law(D, L, _VANILLA, loss=self.loss, starts=self.starts, min_points=4)
         return self
 
     def predict(self, D: Any) -> Array:

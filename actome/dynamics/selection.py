@@ -64,9 +64,7 @@ class Accepted:
     ratio: float
 
 
-def accept_then_stop(
-    curves: Curves, target: float, k: int = 3, delta: float = 5.0, *, floor: float = 1e-6
-) -> Ranking:
+def accept_then_stop(curves: Curves, target: float, k: int = 3, delta: float = 5.0, *, floor: float = 1e-6) -> Ranking:
     """Ranks models by their loss at a size that none of them was run on, from their power phases alone.
 
     For each model: a line of log L over log D through the `k` largest sizes; then size by size downwards, the next one
@@ -139,8 +137,10 @@ def rank_models(
 
     >>> D = 200.0 * 2 ** np.arange(8)
     >>> curves = {"fast": (D, 60 / D**0.5 + 0.01), "slow": (D, 20 / (900 + D) ** 0.25)}
-    >>> rank_models(curves, 1e6, "largest_subset").order, rank_models(curves, 1e6, "size", scores={"fast": 1, "slow": 7}).best
-    (('fast', 'slow'), 'slow')
+    >>> rank_models(curves, 1e6, "largest_subset").order
+    ('fast', 'slow')
+    >>> rank_models(curves, 1e6, "size", scores={"fast": 1, "slow": 7}).best
+    'slow'
     """
     if rule not in RULES:
         raise MeasureError(f"there is no rule {rule!r}{nearest(str(rule), RULES)}; there are: {', '.join(RULES)}")
@@ -181,8 +181,8 @@ def selection_scores(predicted: Mapping[str, float], truth: Mapping[str, float])
     """
     if set(predicted) != set(truth) or len(truth) < 3:
         raise MeasureError(
-            f"{len(predicted)} predictions, {len(truth)} full losses, {len(set(predicted) & set(truth))} models in both; "
-            "want the same three or more"
+            f"{len(predicted)} predictions, {len(truth)} full losses, {len(set(predicted) & set(truth))} models in "
+            "both; want the same three or more"
         )
     names = sorted(truth)
     a, b = (np.array([float(one[name]) for name in names]) for one in (predicted, truth))

@@ -1,8 +1,8 @@
 """Which of two strategies a model in training follows, predicted from their losses and their complexity alone.
 
 A model trained on D tasks may memorise them or generalise over their kind. Training is seen as evidence about which
-of the two predictors to be: the simpler one is favoured at first, the one with the lower loss in the end. What the model
-puts out is their average, weighted by the posterior.
+of the two predictors to be: the simpler one is favoured at first, the one with the lower loss in the end. What the
+model puts out is their average, weighted by the posterior.
 
 Dims: N steps, D diversities, S samples (sequence and position), V classes (or 1 for regression).
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bz2
 import inspect
+import itertools
 import lzma
 import math
 from collections.abc import Callable, Sequence
@@ -50,7 +51,9 @@ def description_bits(code: str | Callable[..., Any], parameters: Any = None, *, 
         if not np.isfinite(values).all():
             raise MeasureError("parameters of a predictor are not finite")
         whole = np.round(values * 10**decimals).astype(np.int64)
-        kind = next(kind for kind in (np.int16, np.int32, np.int64) if np.abs(whole).max(initial=0) <= np.iinfo(kind).max)
+        kind = next(
+            kind for kind in (np.int16, np.int32, np.int64) if np.abs(whole).max(initial=0) <= np.iinfo(kind).max
+        )
         bits += 8 * _compressed(whole.astype(kind).tobytes())
     return bits
 
@@ -230,11 +233,12 @@ class StrategyPosterior:
         if diversity is not None:
             if not self.diversities[0] <= diversity <= self.diversities[-1]:
                 raise MeasureError(
-                    f"diversity {diversity:g} lies outside the fitted {self.diversities[0]:g} to {self.diversities[-1]:g}"
+                    f"diversity {diversity:g} lies outside the fitted {self.diversities[0]:g} to "
+                    f"{self.diversities[-1]:g}"
                 )
             gain = np.interp(math.log(diversity), np.log(self.diversities), gain)
             first, second = (np.interp(diversity, self.diversities, one) for one in (first, second))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             price = np.maximum(math.log(2) * (first**self.beta - second**self.beta), 0)
             found = (price / (self.gamma * gain)) ** (1 / (1 - self.alpha))
         found = np.where(np.asarray(gain) > 0, found, np.inf)
@@ -261,14 +265,14 @@ class StrategyPosterior:
             a, b, c, d = coefficients[:, piece, row]
             return float(np.mean(((a * t + b) * t + c) * t + d))
 
-        best = None
-        for alpha in (0.2, 0.5, 0.75):
-            for beta in (0.1, 0.25, 0.5) if self.complexity else (0.0,):
-                for gamma in (0.01, 0.1, 1.0):
-                    start = [math.log(alpha / (1 - alpha)), math.log(gamma), *([math.log(beta)] if beta else [])]
-                    found = minimize(cost, start, method="Nelder-Mead", options={"maxiter": 600, "fatol": 1e-10})
-                    if best is None or found.fun < best.fun:
-                        best = found
+        grid = itertools.product(
+            (0.05, 0.25, 0.45, 0.65, 0.8, 0.9), np.geomspace(1e-3, 1e3, 13),
+            (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8) if self.complexity else (None,),
+        )  # fmt: skip
+        starts = [np.array([_logit(a), math.log(g), *([math.log(b)] if b else [])]) for a, g, b in grid]
+        starts = sorted(starts, key=cost)[:4]
+        found = [minimize(cost, start, method="Nelder-Mead", options={"maxiter": 600}) for start in starts]
+        best = min(found, key=lambda one: one.fun)
         best = minimize(cost, best.x, method="Nelder-Mead", options={"maxiter": 4000, "xatol": 1e-8, "fatol": 1e-13})
         return (*self._named(best.x), float(best.fun))
 
@@ -293,6 +297,10 @@ def _log_odds(
 ) -> Array:
     evidence_ND = gamma * steps[:, None] ** (1 - alpha) * gain_D[None]
     return evidence_ND - math.log(2) * (first_D**beta - second_D**beta)[None]
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
 
 
 def _expit(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Balls drawn from urns: guess the next colour, with the exact predictors of who knows the urns and who knows their kind.
+"""Balls drawn from urns: guess the next colour, with the exact predictors of who knows the urns or their kind.
 
 Each sequence is drawn with replacement from one urn. With D fixed urns one may remember them (the posterior over the D,
 `memorising`) or go by what urns are like in general (counts plus the prior's, `generalising`); a model trained on D
@@ -61,9 +61,7 @@ class BallsAndUrns:
 
     def urns(self) -> Tensor:
         """Compositions of the fixed urns, [Z, V], float64."""
-        # One draw an urn, so that the first urns are the same however many there are.
-        generator = seeded(self.seed)
-        return torch.cat([dirichlet((1, self.V), self.concentration, generator) for _ in range(self.n_tasks)])
+        return dirichlet((self.n_tasks, self.V), self.concentration, seeded(self.seed))
 
     def sample(self, sequences: int, seed: int, *, fresh: bool = False) -> Draws:
         """Draws sequences, each from one of the fixed urns, or each from an urn of its own that is none of them.
@@ -89,7 +87,7 @@ class BallsAndUrns:
         return torch.nn.functional.pad(draws.colours, (1, 0), value=self.V)
 
     def memorising(self, draws: Draws) -> Tensor:
-        """p(colour | draws before) of who knows the fixed urns, all equally probable: their posterior mean, [B, T, V]."""
+        """p(colour | draws before) of who knows the fixed urns: their mean under the posterior, [B, T, V]."""
         urns_ZV = self.urns()
         log_BTZ = urns_ZV.log().T[draws.colours]
         before_BTZ = torch.nn.functional.pad(log_BTZ.cumsum(1)[:, :-1], (0, 0, 1, 0))

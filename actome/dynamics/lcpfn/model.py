@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from actome.core.errors import ActomeError, MeasureError
-from actome.dynamics.bars import BarDistribution, bar_log_density
-from actome.dynamics.learning_curves import ahead, curve_prior, laid_out
+from actome.dynamics.bars import BarDistribution, bar_log_density, tail_width
 from actome.dynamics.lcpfn.network import PFN, PFNConfig
+from actome.dynamics.learning_curves import ahead, curve_prior, laid_out
 
 Prior = Callable[[int, int, np.random.Generator], np.ndarray]
 SHIPPED = Path(__file__).parent / "shipped.safetensors"
@@ -68,7 +68,7 @@ class LCPFN:
             steps, batch_size: how much; every batch is cut at one step drawn uniformly from 1 to T - 1.
             config: shape of the network; its bars' borders are quantiles of 10 000 curves of the prior.
             start: a network to go on from, with its shape and its borders; it is left as it is.
-            lr: the highest rate of Adam, after a warm-up over a tenth of the steps; then down to zero along half a cosine.
+            lr: the highest rate of Adam, after a warm-up over a tenth of the steps; then down to zero by a half cosine.
             seed: of the curves, the cuts and the initial weights.
             on_step: called with the steps done and the loss (mean negative log density, nats).
             progress: show a bar.
@@ -184,8 +184,8 @@ class LCPFN:
             Bars of shape (Q) or (N, Q), Q the number of horizons, of values with their noise.
 
         Raises:
-            MeasureError: an empty prefix, values that are not finite or lie out of [0, 1] by more than noise, or horizons that lie beyond
-                the curve's end.
+            MeasureError: an empty prefix, values that are not finite or lie out of [0, 1] by more than noise, or
+                horizons beyond the curve's end.
         """
         y = torch.as_tensor(np.asarray(y_prefix, dtype=np.float64))
         length = self.seq_len if length is None else length
@@ -214,12 +214,11 @@ def _shipped() -> LCPFN:
 
 
 def _borders(curves: Tensor, bars: int) -> Tensor:
-    """Quantiles of values of the prior as inner borders, the smallest and the largest value as outer ones."""
-    values = curves.flatten().double()
-    inner = np.quantile(values.cpu().numpy(), np.arange(1, bars) / bars)
-    borders = torch.tensor([float(values.min()), *inner, float(values.max())], device=curves.device)
+    """Quantiles of the prior's values as inner borders; outer ones such that the tails fit the values beyond them."""
+    values = curves.flatten().double().cpu()
+    inner = torch.from_numpy(np.quantile(values.numpy(), np.arange(1, bars) / bars))
+    ends = inner[[0, -1]] + torch.stack([-tail_width(inner[0] - values), tail_width(values - inner[-1])])
+    borders = torch.cat([ends[:1], inner, ends[1:]])
     if not bool((borders.diff() > 0).all()):
         raise MeasureError(f"the values of the prior are too much alike for {bars} bars; take fewer")
-    return borders.float()
-
-
+    return borders.float().to(curves.device)

@@ -56,7 +56,7 @@ def predictive_stop(
         MeasureError: a `delta` that is no chance, a `best` that is not finite, a run that is at its end, or what
             `extrapolate_curve` refuses.
 
-    Source: Efficient Bayesian Learning Curve Extrapolation using Prior-Data Fitted Networks (predictive early stopping).
+    Source: Efficient Bayesian Learning Curve Extrapolation using Prior-Data Fitted Networks (early stopping).
 
     >>> curve = 0.6 - 0.5 * np.arange(1.0, 16.0) ** -1.5
     >>> bool(predictive_stop(curve, best=0.9, length=50)), bool(predictive_stop(curve, best=0.58, length=50))
