@@ -34,6 +34,7 @@ class CurveEnsemble:
         particles: S, an even number. The error of a posterior mean is about its standard deviation / sqrt(S / 4).
         moves: sweeps at each power, and three times as many at the end.
         length: T of the prior; a curve of another length is laid evenly over it.
+        noise: mean and standard deviation of the log of the noise's standard deviation, under the prior.
         seed: of everything random.
 
     Attributes:
@@ -56,6 +57,7 @@ class CurveEnsemble:
     particles: int = 1024
     moves: int = 8
     length: int = 50
+    noise: tuple[float, float] = (-4.0, 1.0)
     seed: int = 0
     particles_: Array = field(default_factory=lambda: np.empty((0, 0)), init=False, repr=False)
     powers_: list[float] = field(default_factory=list, init=False, repr=False)
@@ -67,7 +69,7 @@ class CurveEnsemble:
             raise MeasureError(
                 f"particles={self.particles}, moves={self.moves}: want an even number of 20 or more, and 1 or more"
             )
-        self._prior = CurvePrior(self.length, tuple(self.families))
+        self._prior = CurvePrior(self.length, tuple(self.families), self.noise)
         self._grid_T = np.arange(1.0, self.length + 1)
 
     def fit(self, y: Any, *, length: int | None = None) -> CurveEnsemble:
@@ -104,13 +106,19 @@ class CurveEnsemble:
         self.particles_ = u
         return self
 
-    def predict(self, horizons: int | Sequence[int] | None = None) -> GaussianMixture:
-        """The distribution of values after the last point, noise included, (Q); horizons as in `LCPFN.predict`.
+    def predict(self, horizons: int | Sequence[int] | None = None, *, components: int = 256) -> GaussianMixture:
+        """The distribution of values after the last point, noise included, (Q).
+
+        Args:
+            horizons: as in `LCPFN.predict`.
+            components: how many of the particles make the mixture, evenly spaced; scoring it takes the square of that.
 
         Raises:
             MeasureError: before `fit`, or horizons beyond the end.
         """
         curves_SQ, sigma_S = self.curves(horizons)
+        taken = np.unique(np.linspace(0, len(sigma_S) - 1, min(max(components, 1), len(sigma_S))).astype(int))
+        curves_SQ, sigma_S = curves_SQ[taken], sigma_S[taken]
         means = torch.from_numpy(curves_SQ.T.copy())
         return GaussianMixture(means, torch.from_numpy(sigma_S).expand(means.shape))
 

@@ -204,7 +204,7 @@ def _power(y_C: Array, horizon: int) -> GaussianMixture:
 
     x = np.arange(1.0, len(y_C) + horizon + 1)
     later = x[len(y_C) :]
-    fit = fit_law(x[: len(y_C)], y_C, "power", min_points=5)
+    fit = fit_law(x[: len(y_C)], y_C, "power", starts=4, min_points=5)
     low, high = fit.band(later, 0.9, "prediction")
     # Half the band in standard deviations of Student's t; a normal of that t's variance stands for it.
     spread = (

@@ -139,7 +139,7 @@ class GaussianMixture(Forecast):
         # Between the components' own quantiles, halved until doubles do not tell the ends apart.
         own = self.means + self.sds * torch.special.ndtri(torch.tensor(q, dtype=torch.float64))
         low, high = own.amin(-1), own.amax(-1)
-        for _ in range(64):
+        while bool(((high - low) > 1e-14 * (low.abs() + high.abs()) + 1e-300).any()):
             middle = (low + high) / 2
             below = self.cdf(middle) < q
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
@@ -148,7 +148,7 @@ class GaussianMixture(Forecast):
     def crps(self, y: Any) -> Tensor:
         first = (self.weights * _spread(self._like(y)[..., None] - self.means, self.sds)).sum(-1)
         count = self.means.shape[-1]
-        # Pairs of components, each once, and one forecast at a time: a thousand components have half a million pairs.
+        # Pairs of components, each once, and one forecast at a time: they are many.
         i, j = torch.triu_indices(count, count, 1)
         flat = zip(*(one.reshape(-1, count) for one in (self.means, self.sds, self.weights)), strict=True)
         second = [

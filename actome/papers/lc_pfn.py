@@ -32,13 +32,13 @@ LENGTH, CUT = 50, 10
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
     smoke = scale == "smoke"
-    curves, some, steps, pools, nets = (60, 1, 5, 1, 3) if smoke else (400, 20, 300, 3, 16)
+    curves, some, steps, pools, nets = (60, 1, 5, 1, 2) if smoke else (400, 20, 300, 3, 16)
     prior, control = _prior(seed, curves, some, steps)
     runs = [_digit_runs(one % 2**31, nets) for one in trial_seeds(seed, pools)]
     losses, floors = _subject_losses(seed, 1 if smoke else 4, 50 if smoke else 250)
     figures: dict[str, Any] = {
         "prior": prior,
-        "digit_classifiers": _scores(np.concatenate(runs), 1 if smoke else 8),
+        "digit_classifiers": _scores(np.concatenate(runs), 0 if smoke else 8),
         "subject_losses": _scores(losses, 0 if smoke else len(losses), goal="min", bounds=floors),
         "demo_model_loss": {str(cut): _demo(cut, smoke) for cut in (12, 30)},
         "stopping": _stopping(runs, seed),
@@ -151,7 +151,7 @@ def _stopping(runs: list[np.ndarray], seed: int) -> dict[str, Any]:
     """Of each pool of runs, played in the order in which they were made; means with intervals over pools."""
     played = [stop_runs(pool) for pool in runs]
     rng = np.random.default_rng(seed)
-    out: dict[str, Any] = {"share_of_steps_by_pool": [1 - one.saved for one in played]}
+    out: dict[str, Any] = {"share_of_steps_run_by_pool": [1 - one.saved for one in played]}
     for name in ("saved", "regret"):
         values = np.array([getattr(one, name) for one in played])
         low, high = np.quantile(values[rng.integers(0, len(values), (2000, len(values)))].mean(1), [0.025, 0.975])

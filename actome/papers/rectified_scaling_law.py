@@ -29,11 +29,11 @@ FINE = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    models, count, nets = (8, 1, 1) if scale == "smoke" else (30, 3, 3)
+    models, count, nets, steps = (4, 1, 1, 50) if scale == "smoke" else (30, 3, 3, 200)
     found = over_seeds(lambda one: _population(one, models), seed, count)
     plain = over_seeds(lambda one: _without_pre_learning(one, models), seed, count)
     figures: dict[str, Any] = {
-        **found, "digits": over_seeds(lambda one: _digits(one % 2**31), seed, nets),
+        **found, "digits": over_seeds(lambda one: _digits(one % 2**31, steps), seed, nets),
     }  # fmt: skip
     mean = {name: float(np.mean(values)) for name, values in found.items()}
     apart = float(np.mean(np.abs(np.subtract(plain["accept_then_stop"], plain["vanilla"]))))
@@ -105,7 +105,7 @@ def _log_error(free: bool, D: np.ndarray, seen: np.ndarray, truth: np.ndarray) -
     return float(np.sqrt(np.mean((np.log(law.predict(D)) - np.log(truth)) ** 2)))
 
 
-def _digits(seed: int) -> dict[str, float]:
+def _digits(seed: int, steps: int) -> dict[str, float]:
     """Log error of both laws over all sizes, and at the largest; fitted to all but the two largest."""
     data = digits(seed, train=1697, test=100, images=True)
     upright, labels = data.train[:400].flatten(1), data.train_labels[:400]
@@ -123,7 +123,7 @@ def _digits(seed: int) -> dict[str, float]:
                 with torch.no_grad():
                     best[0] = min(best[0], float(torch.nn.functional.cross_entropy(net(test_x), test_y)))
 
-        fit(net, turned[part], data.train_labels[part], steps=200, lr=1e-3, seed=seed, on_step=on_step)
+        fit(net, turned[part], data.train_labels[part], steps=steps, lr=1e-3, seed=seed, on_step=on_step)
         L.append(best[0])
     L = np.array(L)
     out: dict[str, float] = {"loss_smallest": float(L[0]), "loss_largest": float(L[-1])}
