@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .changepoints import ChangePoint, change_point
+from .complexity import description_bits
 from .curves import Trend, emergence_score, required_items, trend, wilson
 from .dates import Delay, Lead, Passage, delay, first_passage, lead_time
 from .early_warning import EarlyWarning, Warnings
@@ -34,7 +35,7 @@ from .selection import Ranking, accept_then_stop, rank_models, selection_scores
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
 from .smoothing import smooth
 from .store import News, RunStore
-from .strategies import Strategy, StrategyPosterior, description_bits, relative_distance, relative_distances
+from .strategies import Strategy, StrategyPosterior, relative_distance, relative_distances
 from .turns import Plateau, Turn, plateaus, turning_points
 from .variance import EvalVariance
 from .writer import RunWriter

@@ -31,7 +31,7 @@ class CurveEnsemble:
 
     Args:
         families: out of `CURVE_FAMILIES`; the more there are, the fewer curves of the prior are allowed.
-        particles: S, an even number. The error of a posterior mean is about its standard deviation / sqrt(S / 4).
+        particles: S, an even number; with few of them the sample is too narrow.
         moves: sweeps at each power, and three times as many at the end.
         length: T of the prior; a curve of another length is laid evenly over it.
         noise: mean and standard deviation of the log of the noise's standard deviation, under the prior.

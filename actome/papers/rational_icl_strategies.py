@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from actome.dynamics.complexity import description_bits
 from actome.dynamics.dates import first_passage
-from actome.dynamics.strategies import Strategy, StrategyPosterior, description_bits, relative_distances
+from actome.dynamics.strategies import Strategy, StrategyPosterior, relative_distances
 from actome.papers.registry import Entry, Scale
 from actome.tasks import Subject, SubjectConfig, train
 from actome.tasks.balls_and_urns import BallsAndUrns
