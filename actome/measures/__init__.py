@@ -25,6 +25,7 @@ from .heads import DormantHeads, dormant_heads, head_ablation_by_domain
 from .histogram import Histogram
 from .icl import bma, bma_gap, icl_regret, regret_slope, ridge_prediction
 from .invariance import Invariance, measure_invariance
+from .kernel_alignment import TangentKernelAlignment, kernel_alignment, label_kernel, representation_alignment
 from .kurtosis import Kurtosis
 from .layer_gradients import GradientSpectrum, layer_gradients
 from .linear_layers import as_dsf, attention_to_dsf, gated_rnn, random_features, selective_ssm, taylor_features
@@ -54,6 +55,7 @@ from .spectrum import EffectiveRank, Spectrum
 from .spikes import Spikes
 from .steps import PerceptualReward, StepSegmenter
 from .stiffness import Stiffness
+from .tangent_kernel import tangent_kernel
 from .token_collapse import AttentionProgress, RepetitionFrequency, TokenCollapse, repetition
 from .trajectory import LatentTrajectory, TrajectorySignals, trajectory_signals
 from .uncertainty import TokenUncertainty, token_uncertainty
@@ -123,6 +125,7 @@ __all__ = [
     "Spikes",
     "StepSegmenter",
     "Stiffness",
+    "TangentKernelAlignment",
     "Thresholds",
     "TokenCollapse",
     "TokenUncertainty",
@@ -155,6 +158,8 @@ __all__ = [
     "head_ablation_by_domain",
     "hyperspherical_energy",
     "icl_regret",
+    "kernel_alignment",
+    "label_kernel",
     "layer_criticality",
     "layer_gradients",
     "layerwise_collapse",
@@ -169,6 +174,7 @@ __all__ = [
     "regions_on_segment",
     "regret_slope",
     "repetition",
+    "representation_alignment",
     "ridge_prediction",
     "screen",
     "selective_ssm",
@@ -176,6 +182,7 @@ __all__ = [
     "silenced",
     "similarity",
     "spectral_alignment",
+    "tangent_kernel",
     "taylor_features",
     "token_uncertainty",
     "trajectory_signals",
