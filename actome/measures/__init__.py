@@ -1,5 +1,6 @@
 """What can be said of a stream of activations."""
 
+from .alignment import Alignment, align
 from .attention import AttentionEntropy, SinkScore
 from .cca import CCA, SVCCA
 from .cett import CETT, cett
@@ -37,6 +38,7 @@ from .neighbours import MutualKNN
 from .neural_collapse import CentreAgreement, NeuralCollapse, layerwise_collapse, near_collapse_model
 from .panels import PANELS, Panel
 from .pathways import PathwayConsistency, PathwayDistance, expert_embeddings
+from .permutation import Axis, Group, permutation_groups, permuted
 from .posterior_collapse import PosteriorCollapse, linear_vae_forecast
 from .ppl_sparsity import Silenced, ppl_sparsity, silenced
 from .preference import ches
@@ -73,8 +75,10 @@ __all__ = [
     "ActivationCode",
     "ActivationScale",
     "AdaptiveEdges",
+    "Alignment",
     "AttentionEntropy",
     "AttentionProgress",
+    "Axis",
     "CentreAgreement",
     "Contribution",
     "DeadUnits",
@@ -93,6 +97,7 @@ __all__ = [
     "Finding",
     "GradientSign",
     "GradientSpectrum",
+    "Group",
     "Histogram",
     "HypersphericalEnergy",
     "Invariance",
@@ -133,6 +138,7 @@ __all__ = [
     "UnitFrequency",
     "ValueDrain",
     "Voids",
+    "align",
     "as_dsf",
     "attention_to_dsf",
     "bma",
@@ -168,6 +174,8 @@ __all__ = [
     "measure_invariance",
     "near_collapse_model",
     "outlier_dimensions",
+    "permutation_groups",
+    "permuted",
     "ppl_sparsity",
     "random_features",
     "region_diameter",
