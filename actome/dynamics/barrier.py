@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -103,13 +104,14 @@ def loss_barrier(
         net.load_state_dict(mixed(*ends, weight))
         refresh_statistics(net, seen)
         losses.append(mean_loss(net, batches, compare))
-    if not all(torch.tensor([losses[0], losses[-1]]).isfinite()):
-        raise MeasureError(f"the losses of the two networks are {losses[0]} and {losses[-1]}; a barrier needs finite ones")
+    if not (math.isfinite(losses[0]) and math.isfinite(losses[-1])):
+        raise MeasureError(f"the losses of the two networks are {losses[0]} and {losses[-1]}; it takes finite ones")
     excess = [value - ((1 - w) * losses[0] + w * losses[-1]) for w, value in zip(weights, losses, strict=True)]
     # A mixture that overflows is as high a barrier as there is.
-    height = max(x if x == x else float("inf") for x in excess)
+    excess = [math.inf if math.isnan(one) else one for one in excess]
+    top = max(range(points), key=excess.__getitem__)
     apart = distance(parameters_of(one), parameters_of(other))
-    return Barrier(max(height, 0.0), weights[excess.index(height)] if height in excess else 0.5, tuple(weights), tuple(losses), apart)
+    return Barrier(max(excess[top], 0.0), weights[top], tuple(weights), tuple(losses), apart)
 
 
 def mixed(a: dict[str, Tensor], b: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
@@ -162,7 +164,7 @@ def _batches(data: Any, size: int) -> Iterator[tuple[Any, Tensor]]:
     pairs = [data] if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor) else data
     for pair in pairs:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[1], Tensor)):
-            raise MeasureError(f"data is inputs and targets (x, y), or a list of such batches, not {type(pair).__name__}")
+            raise MeasureError(f"data is inputs and targets (x, y), or batches of such, not {type(pair).__name__}")
         x, y = pair
         if isinstance(x, Tensor):
             if len(x) != len(y):

@@ -47,8 +47,8 @@ def butterfly(
     all: 1 is the scale of the initialisation. Then both go on with the same batches for the same number of steps,
     whatever t: otherwise a late nudge has less time to grow.
 
-    The training must be deterministic given (run, start, stop): **put 0 into `sigma`**, whose distance has to be exactly
-    0. A training that draws its batches from a global state, or kernels that are not deterministic, show there.
+    The training must be deterministic given (run, start, stop): **put 0 into `sigma`**, whose distance has to be 0 to
+    the bit. A training that draws its batches from a global state, or kernels that are not deterministic, show there.
 
     Args:
         train_fn: ``train_fn(run, start, stop) -> run`` makes the steps from `start` to `stop`, counted from 0, with the
@@ -57,7 +57,7 @@ def butterfly(
         at: steps before which the nudge is given; 0 is at initialisation.
         sigma: sizes of the nudge.
         then: how many steps after the nudge the twins are compared; several for the growth.
-        data: inputs and targets (x, y) for the loss barrier, or several by name, such as ``{"train": ..., "test": ...}``.
+        data: inputs and targets (x, y) for the loss barrier, or several by name (``{"train": ..., "test": ...}``).
         align: also compare after alignment by ``"weights"``, ``"activations"`` or both.
         sites: patterns of sites (``"module:act.*"``) for the similarity of representations on the first data's inputs.
         swap: ``swap(run, t) -> run`` makes step t with another batch: a nudge of its own, listed with ``sigma`` NaN.
@@ -209,7 +209,6 @@ def _compared(
         ours, theirs = (Model(net).record(inputs, sites) for net in (a, b))
         angles = []
         for site in ours.sites():
-            x, y = (one[site].flatten(0, -2) if one[site].ndim > 2 else one[site] for one in (ours, theirs))
             cka = similarity(ours.flat(site), theirs.flat(site), "cka")
             angles.append(math.acos(min(1.0, max(-1.0, cka))))
         out["angle"] = sum(angles) / len(angles)
@@ -225,8 +224,8 @@ def _named(data: Any) -> dict[str, Any]:
 def _check(at: Any, sigma: Any, marks: Any, align: Any, sites: Any, named: Any) -> None:
     if not len(at) or min(at) < 0 or not marks or marks[0] < 1 or any(not size >= 0 for size in sigma):
         raise MeasureError(
-            f"at={list(at)}, sigma={list(sigma)}, then={marks}: nudge at steps from 0 on, by sizes from 0 on, and go on "
-            "for a step or more"
+            f"at={list(at)}, sigma={list(sigma)}, then={marks}: nudge at steps from 0 on, by sizes from 0 on, and go "
+            "on for a step or more"
         )
     if wrong := [by for by in align if by not in ALIGNMENTS]:
         raise MeasureError(f"align={wrong[0]!r} does not exist; choose among {', '.join(ALIGNMENTS)}")

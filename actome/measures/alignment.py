@@ -221,4 +221,3 @@ def _batches(inputs: Any, size: int) -> Any:
         }
         for at in range(0, rows, size)
     ]
-

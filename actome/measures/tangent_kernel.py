@@ -19,6 +19,7 @@ from ..core.prove import evaluating
 from ..core.real import wide
 
 Read = Callable[[Any], Tensor]
+MOST = 1024  # outputs of a probe that are taken without being asked for
 
 
 def tangent_kernel(
@@ -50,7 +51,7 @@ def tangent_kernel(
         probes: a tensor of inputs, or a mapping of arguments of the forward; everything that is a tensor with as many
             rows as the first is cut into rows.
         outputs: which of a probe's outputs, as its flattened output counts them; or how many, drawn with `seed`; all
-            by default. The cost goes with their number.
+            by default, up to 1024. The cost goes with their number.
         parameters: names or patterns of parameters; by default all that ask for a gradient.
         read: of the forward's result, the outputs of one probe, (1, ...); by default ``.logits``, or the tensor itself.
             For sequences choose a position, such as ``lambda out: out.logits[:, -1]``.
@@ -165,6 +166,11 @@ def _rows(module: nn.Module, probes: Tensor | Mapping[str, Any]) -> Iterator[Any
 
 def _taken(count: int, outputs: int | Sequence[int] | None, seed: int) -> Tensor:
     if outputs is None:
+        if count > MOST:
+            raise MeasureError(
+                f"a probe has {count} outputs, each of which would cost a backward pass; draw some of them (outputs=16), "
+                "or choose with read=, such as one position and a few classes"
+            )
         return torch.arange(count)
     if isinstance(outputs, int):
         if not 1 <= outputs <= count:
