@@ -45,7 +45,8 @@ class Grokking:
         """When a quantity made its way: before fitting, from there to generalising, and after; (seeds, 3).
 
         Shares of the way from the first value to the last, so each row adds up to 1; of feature alignment, say, or of
-        the `lazy_rich_index`. In a transition from lazy to rich the first is small: the training set was fitted with the features that were there.
+        the `lazy_rich_index`. In a transition from lazy to rich the first is small: the training set was fitted with
+        the features that were there.
 
         Args:
             x, curve: as given to `grokking_delay`: (points) and (seeds, points).

@@ -168,8 +168,8 @@ def _taken(count: int, outputs: int | Sequence[int] | None, seed: int) -> Tensor
     if outputs is None:
         if count > MOST:
             raise MeasureError(
-                f"a probe has {count} outputs, each of which would cost a backward pass; draw some of them (outputs=16), "
-                "or choose with read=, such as one position and a few classes"
+                f"a probe has {count} outputs, each of which costs a backward pass; draw some (outputs=16), or "
+                "choose with read=, such as one position and a few classes"
             )
         return torch.arange(count)
     if isinstance(outputs, int):

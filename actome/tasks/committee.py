@@ -77,11 +77,12 @@ class QuadraticTeacher:
 
     def direction(self) -> Tensor:
         """beta, (D), of length one."""
-        beta = torch.randn(self.inputs, generator=seeded(self.seed))
+        # Apart from what networks and samples draw: a unit of the same seed must not be the teacher itself.
+        beta = torch.randn(self.inputs, generator=seeded(self.seed + 7_000_003))
         return beta / beta.norm()
 
     def sample(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs (count, D) and targets (count)."""
         counts(count=(count, 1))
-        x = torch.randn(count, self.inputs, generator=seeded(seed + 1_000_003))  # apart from that of the direction
+        x = torch.randn(count, self.inputs, generator=seeded(seed + 1_000_003))
         return x, (x @ self.direction()).square() / 2
