@@ -6,7 +6,7 @@ Letters: U, V units of a group in a and in b, W width of a unit, N row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -119,23 +119,33 @@ def distance(a: Weights, b: Weights) -> float:
 def match_weights(
     a: Weights, b: Weights, groups: Sequence[Group], *, sweeps: int = 100, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The order of b's units in each group that brings its weights closest to a's, by one group after the other."""
+    """The order of b's units in each group that brings its weights closest to a's, by one group after the other.
+
+    Weights along two axes of which the units of one group lie, such as recurrent ones, take part from the second sweep
+    on, with one axis in the order found so far.
+    """
     orders = {group.name: torch.arange(group.units) for group in groups}
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
         improved = False
         for i in torch.randperm(len(groups), generator=generator).tolist():
             group = groups[i]
             ours, theirs = ({axis.name: x[axis.name] for axis in group.axes if axis.name in a} for x in (a, b))
-            # With the group itself in its own order: what is left is a choice of its rows.
-            rest = permuted(theirs, groups, {**orders, group.name: torch.arange(group.units)})
-            gain_UV = sum(_products(ours, rest, group, axis) for axis in group.axes if axis.name in ours)
+            gain_UV = torch.zeros(group.units, group.units, dtype=torch.float64)
+            for axis in group.axes:
+                others = tuple(one for one in group.axes if one is not axis)
+                twice = any(one.name == axis.name for one in others)
+                if axis.name not in ours or (twice and not sweep):
+                    continue
+                # Everything in its present order but this axis: what is left is a choice of its entries.
+                rest = permuted(theirs, [*groups[:i], replace(group, axes=others), *groups[i + 1 :]], orders)
+                gain_UV += _products(ours, rest, group, axis).cpu()
             order = _assigned(gain_UV)
-            # Of a group with two axes in one weight the assignment is a guess, so what it brings is looked at.
+            # Where units lie along two axes of one weight the assignment is a guess, so what it brings is looked at.
             before = distance(ours, permuted(theirs, groups, orders))
             if distance(ours, permuted(theirs, groups, orders | {group.name: order})) < before * (1 - 1e-12):
                 orders[group.name], improved = order, True
-        if not improved:
+        if not improved and sweep:
             break
     return orders
 
