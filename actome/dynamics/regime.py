@@ -62,10 +62,10 @@ def regime(
     r"""Compares a network with what it was at the start, in weights, representations and tangent kernel.
 
     - weight change: :math:`\|\theta_T - \theta_0\|`
-    - representation alignment: RA :math:`= \langle R_T, R_0 \rangle / (\|R_T\| \|R_0\|)`, with :math:`R = H H^\top` and H
-      the activations of a site, a row for each probe (for each real token, where a site has positions)
-    - tangent-kernel alignment: KA :math:`= \langle K_T, K_0 \rangle / (\|K_T\| \|K_0\|)`, with :math:`K = J J^\top` and J
-      the derivatives of the outputs at the probes by all parameters
+    - representation alignment: RA :math:`= \langle R_T, R_0 \rangle / (\|R_T\| \|R_0\|)`, with :math:`R = H H^\top` of
+      the activations H of a site, a row for each probe (for each real token, where a site has positions)
+    - tangent-kernel alignment: KA :math:`= \langle K_T, K_0 \rangle / (\|K_T\| \|K_0\|)`, with :math:`K = J J^\top` of
+      the derivatives J of the outputs at the probes by all parameters
 
     High RA and KA and a small change are lazy. None of them is centred, so that even unrelated networks share a part
     (that of all inputs being alike): **compare runs with one another, at the same training loss**; the verdict holds RA
