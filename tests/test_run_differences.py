@@ -383,6 +383,9 @@ def test_runs_that_did_not_come_there_are_censored_and_those_that_did_not_fit_un
     assert (found.censored, found.unknown) == (0.5, 1)
     assert math.isinf(found.delay)  # of two, one lower bound
     assert found.least[1] == pytest.approx(2000 / found.train.runs[1])
+    shares = found.between(STEPS, np.tile(STEPS, (3, 1)))
+    assert np.isnan(shares[2]).all()
+    assert shares[:2].sum(1) == pytest.approx([1, 1])
 
 
 def test_accuracies_rise():

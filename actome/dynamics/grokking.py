@@ -44,9 +44,9 @@ class Grokking:
     def between(self, x: Any, curve: Any) -> Array:
         """When a quantity made its way: before fitting, from there to generalising, and after; (seeds, 3).
 
-        Shares of the way from the first value to the last, so each row adds up to 1; of feature alignment, say, or of
-        the `lazy_rich_index`. In a transition from lazy to rich the first is small: the training set was fitted with
-        the features that were there.
+        Shares of the way from the first value to the last, so each row adds up to 1 (NaN for a seed that did not fit);
+        of feature alignment, say, or of the `lazy_rich_index`. In a transition from lazy to rich the first is small:
+        the training set was fitted with the features that were there.
 
         Args:
             x, curve: as given to `grokking_delay`: (points) and (seeds, points).
@@ -62,6 +62,9 @@ class Grokking:
             way = run[-1] - run[0]
             if way == 0:
                 raise MeasureError("the quantity ends where it began, so there is no way to share out")
+            if math.isinf(fitted):
+                rows.append([math.nan] * 3)
+                continue
             at = [np.interp(min(date, found.x[-1]), found.x, run) for date in (fitted, max(fitted, generalised))]
             rows.append([(at[0] - run[0]) / way, (at[1] - at[0]) / way, (run[-1] - at[1]) / way])
         return np.array(rows)
