@@ -32,7 +32,7 @@ SIGMAS = (0.0, 1e-4, 1e-2)
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    seeds, at, then = (1, (0, 100), 100) if scale == "smoke" else (3, (0, 50, 200, 800), 1000)
+    seeds, at, then = (1, (0, 50), 40) if scale == "smoke" else (3, (0, 50, 200, 800), 1000)
     tables, unrelated = [], []
     for one in trial_seeds(seed, seeds):
         data = digits(one, train=1297, test=500)

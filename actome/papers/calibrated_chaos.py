@@ -29,7 +29,7 @@ RATE, BATCH = 3e-3, 64
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    runs, few, steps, resamples = (40, 20, 60, 20) if scale == "smoke" else (200, 100, 1000, 500)
+    runs, few, steps, resamples = (30, 16, 40, 20) if scale == "smoke" else (200, 100, 1000, 500)
     data = digits(seed, train=TRAIN, test=TEST + POPULATION)
     seeds = [one % 2**31 for one in trial_seeds(seed, runs)]
     chosen_RN = _runs(data, seeds, seeds, steps)

@@ -33,8 +33,8 @@ PROBES = 50  # of the training set, for the tangent kernel
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
     # At smoke scale large scales do not generalise in time; the delay is then censored.
-    seeds, steps = (2, 300) if scale == "smoke" else (3, 10_000)
-    marks = np.array(log_spaced(steps, 25 if scale == "smoke" else 120)[1:])
+    seeds, steps = (1, 200) if scale == "smoke" else (3, 10_000)
+    marks = np.array(log_spaced(steps, 16 if scale == "smoke" else 120)[1:])
     runs = [[_run(one, alpha, EPS, marks, kernel=True) for one in trial_seeds(seed, seeds)] for alpha in ALPHAS]
     linear = [_run(one, 2.0, 0.0, marks, kernel=False) for one in trial_seeds(seed, seeds)]
 
@@ -64,7 +64,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     control = {"delay_at_the_smallest_alpha": delays[0], "least_test_error_of_linear_units": least}
     checks = {
         "the delay grows from alpha to alpha": all(a < b for a, b in itertools.pairwise(delays)),
-        "at the largest alpha it is at least 4": delays[-1] >= 4,
+        "at the largest alpha it is at least 4": _at_least(found[-1]) >= 4,
         "there, when fitted, features are aligned less than half as far as at the end": bool(
             (fitted < aligned[-1, :, -1] / 2).all()
         ),
@@ -116,6 +116,11 @@ def _every(marks: np.ndarray) -> set[int]:
 def _delay(per_seed: list[dict[str, np.ndarray]], marks: np.ndarray) -> Grokking:
     curves = ([run[name] for run in per_seed] for name in ("train", "test"))
     return grokking_delay(*curves, thr=0.1, x=marks, relative=False)
+
+
+def _at_least(found: Grokking) -> float:
+    """The median delay, of runs that did not generalise what they lasted for."""
+    return float(np.median(np.minimum(found.runs, found.least)))
 
 
 def _at_fit(marks: np.ndarray, aligned: np.ndarray, found: Grokking) -> np.ndarray:
