@@ -33,7 +33,7 @@ PROBES = 50  # of the training set, for the tangent kernel
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
     # At smoke scale large scales do not generalise in time; the delay is then censored.
-    seeds, steps = (1, 200) if scale == "smoke" else (3, 10_000)
+    seeds, steps = (1, 320) if scale == "smoke" else (3, 10_000)
     marks = np.array(log_spaced(steps, 16 if scale == "smoke" else 120)[1:])
     runs = [[_run(one, alpha, EPS, marks, kernel=True) for one in trial_seeds(seed, seeds)] for alpha in ALPHAS]
     linear = [_run(one, 2.0, 0.0, marks, kernel=False) for one in trial_seeds(seed, seeds)]
