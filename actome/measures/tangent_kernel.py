@@ -88,7 +88,7 @@ def tangent_kernel(
         sizes = {name: module.get_parameter(name).numel() for name in names}
         height = len(rows) * len(taken)
         weight = module.get_parameter(names[0])
-        kernel_RR = torch.zeros(height, height, dtype=wide(weight.detach()[:0]).dtype, device=weight.device)
+        kernel_RR = torch.zeros(height, height, dtype=wide(weight.detach().flatten()[:0]).dtype, device=weight.device)
         for group in _groups(sizes, memory // max(height, 1)):
             step = max(1, memory // (2 * len(taken) * sum(sizes[name] for name in group)))  # two pieces at a time
             parts = [slice(at, at + step) for at in range(0, len(rows), step)]
