@@ -87,7 +87,7 @@ def regime(
         MeasureError: two architectures, neither sites nor a kernel, or activations that are zero.
         SiteError: a pattern that matches nothing.
 
-    Source: Liu et al. 2024, How connectivity structure shapes rich and lazy learning in neural circuits, section 2.2.
+    Source: Liu et al. 2024, How connectivity structure shapes rich and lazy learning in neural circuits.
 
     >>> import copy
     >>> from actome.tasks.nets import MLP, fit

@@ -105,7 +105,7 @@ class RunVariance:
     Runs are kept as bits (N / 8 bytes each); `merge` joins what several processes have seen.
 
     Source: Jordan 2024, On the Variance of Neural Network Training with respect to Test Sets and Distributions (first
-    called Calibrated Chaos), sections 3 and 4.
+    called Calibrated Chaos).
 
     >>> rng, variance = np.random.default_rng(0), RunVariance()
     >>> hard = rng.random(300)

@@ -30,7 +30,7 @@ def kernel_alignment(k: Tensor, other: Tensor, *, centred: bool = True) -> float
         At most 1, which only multiples of one another have; NaN where one of the two is zero.
 
     Source: Cortes, Mohri and Rostamizadeh 2012, Algorithms for Learning Kernels Based on Centered Alignment; not
-    centred, Cristianini et al. 2001 and equation 5 of Liu et al. 2024 (see `actome.dynamics.regime`).
+    centred, Cristianini et al. 2001 and Liu et al. 2024 (see `actome.dynamics.regime`).
 
     Example:
         >>> k = torch.eye(4)

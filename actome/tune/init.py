@@ -30,7 +30,7 @@ def low_rank_(weight: Tensor, rank: int, align_to: Tensor | None = None) -> Tens
     Raises:
         ValueError: not a matrix, a rank that it cannot have, another shape to align to, or a zero matrix.
 
-    Source: Liu et al. 2024, How connectivity structure shapes rich and lazy learning in neural circuits, section 2.
+    Source: Liu et al. 2024, How connectivity structure shapes rich and lazy learning in neural circuits.
 
     >>> weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     >>> norm = weight.norm()
