@@ -33,6 +33,7 @@ def kernel_alignment(k: Tensor, other: Tensor, *, centred: bool = True) -> float
     centred, Cristianini et al. 2001 and Liu et al. 2024 (see `actome.dynamics.regime`).
 
     Example:
+        >>> import torch
         >>> k = torch.eye(4)
         >>> kernel_alignment(k, 3 * k), round(kernel_alignment(k, torch.ones(4, 4), centred=False), 6)
         (1.0, 0.5)
@@ -56,6 +57,7 @@ def representation_alignment(x: Tensor, y: Tensor) -> float:
         x, y: features of the same rows, (row, unit) and (row, other).
 
     Example:
+        >>> import torch
         >>> x = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
         >>> round(representation_alignment(x, x.flip(1)), 6)
         1.0
@@ -71,6 +73,7 @@ def label_kernel(y: Tensor) -> Tensor:
     r"""The kernel that knows the targets, :math:`Y Y^\top`: of classes (row) as one-hot vectors, of numbers as such.
 
     Example:
+        >>> import torch
         >>> label_kernel(torch.tensor([0, 1, 0]))
         tensor([[1., 0., 1.],
                 [0., 1., 0.],
@@ -95,6 +98,7 @@ class TangentKernelAlignment:
     Source: Kumar et al. 2024, Grokking as the Transition from Lazy to Rich Training Dynamics.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
         >>> follow = TangentKernelAlignment(x, x[:, 0].sign())
         >>> follow.update(0, torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)))
