@@ -49,12 +49,12 @@ _HOMES = {
     "actome.report.scan": ("Scan", "scan"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_PACKAGES = ("clamps", "core", "dynamics", "measures", "papers", "report", "steer", "tasks")
+_PACKAGES = ("clamps", "core", "dynamics", "measures", "papers", "report", "steer", "tasks", "tune")
 
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
-    from actome import clamps, core, dynamics, measures, papers, report, steer, tasks
+    from actome import clamps, core, dynamics, measures, papers, report, steer, tasks, tune
     from actome.clamps import Ablate, Add, Clip, Mask, Patch, Project, Scale, Set, TopK
     from actome.core.clamp import Clamp, When
     from actome.core.errors import (
