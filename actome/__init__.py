@@ -45,6 +45,8 @@ _HOMES = {
     ),
     "actome.clamps": ("Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Scale", "Set", "TopK"),
     "actome.tasks.demo": ("demo",),
+    "actome.dynamics.trace": ("trace",),
+    "actome.dynamics.trace_table": ("Trace",),
     "actome.report.scan": ("Scan", "scan"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from actome.core.recording import Recording
     from actome.core.sites import Site
     from actome.core.text import Text
+    from actome.dynamics.trace import trace
+    from actome.dynamics.trace_table import Trace
     from actome.report.scan import Scan, scan
     from actome.tasks.demo import demo
 

@@ -7,6 +7,7 @@
 - `change_point`, `segments`, `turning_points`, `plateaus`, `first_passage`, `lead_time`, `delay`: dates of a curve
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
 - `EarlyWarning`: whether a jump was announced
+- `trace`, `Trace` (`trace_table`): the same measurement over many checkpoints; `checkpoints` finds them
 """
 
 from .changepoints import ChangePoint, change_point
@@ -23,6 +24,11 @@ from .segments import Segments, segments
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
 from .smoothing import smooth
 from .store import News, RunStore
+from .trace import trace
+from .trace_dates import Dated, date_curves
+from .trace_fits import Fits, fit_curves
+from .trace_sources import Checkpoint, Checkpoints, checkpoints
+from .trace_table import Curve, Trace
 from .turns import Plateau, Turn, plateaus, turning_points
 from .variance import EvalVariance
 from .writer import RunWriter
@@ -31,11 +37,16 @@ __all__ = [
     "LAWS",
     "Bootstrap",
     "ChangePoint",
+    "Checkpoint",
+    "Checkpoints",
     "Control",
+    "Curve",
+    "Dated",
     "Delay",
     "EarlyWarning",
     "EvalVariance",
     "Extrapolation",
+    "Fits",
     "Law",
     "LawComparison",
     "LawFit",
@@ -50,18 +61,22 @@ __all__ = [
     "Segments",
     "Sink",
     "TensorBoardSink",
+    "Trace",
     "TrackioSink",
     "Trend",
     "Turn",
     "WandbSink",
     "Warnings",
     "change_point",
+    "checkpoints",
     "compare_laws",
     "control",
+    "date_curves",
     "delay",
     "emergence_score",
     "extrapolate",
     "first_passage",
+    "fit_curves",
     "fit_law",
     "lead_time",
     "merge",
@@ -71,6 +86,7 @@ __all__ = [
     "required_items",
     "segments",
     "smooth",
+    "trace",
     "trend",
     "turning_points",
     "wilson",
