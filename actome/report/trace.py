@@ -38,7 +38,7 @@ def page(trace: Trace, title: str | None = None) -> str:
     data = page_data(trace)
     data["ticks"] = ticks(trace.steps) if trace.steps else []
     found = phases_of(trace)
-    data["phases"] = [{"name": one.name, "start": one.start, "end": one.end} for one in found or ()]
+    data["phases"] = [{"name": one.name, "step": one.start} for one in found or ()][1:]
     drawn = bool(data["stacks"] or data["lines"])
     return whole(
         "trace.html",
@@ -101,14 +101,12 @@ def _facts(trace: Trace) -> list[str]:
 def _reads(trace: Trace) -> str:
     reads = trace.about.get("reads") or {}
     counts = reads.get("counts")
-    size = (
-        f": {counts['tokens']:,} tokens in {counts['sequences']:,} rows of up to {reads['context']}" if counts else ""
-    )
-    repeats = trace.about.get("repeats")
-    more = (
-        f"; {repeats} rows of repeated random tokens for induction" if repeats and "induction" in trace.measures else ""
-    )
-    return f"{reads.get('source', '')}{size}{more}"
+    said = str(reads.get("source", ""))
+    if counts:
+        said += f": {counts['tokens']:,} tokens in {counts['sequences']:,} rows of up to {reads['context']}"
+    if trace.about.get("repeats") and "induction" in trace.measures:
+        said += f"; {trace.about['repeats']} rows of repeated random tokens for induction"
+    return said
 
 
 def _tiles(trace: Trace) -> list[dict[str, str]]:

@@ -55,7 +55,7 @@ def _word(measure: str) -> dict[str, Any]:
 
 
 def _stack(measure: str, kind: str, part: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """One value over layers and steps; that of the stream before the first block is layer -1 of the stream after."""
+    """One value over layers and steps, and that of heads and experts."""
     for place in (None, "head", "expert"):
         rows = part[part[["head", "expert"]].isna().all(axis=1)] if place is None else part[part[place].notna()]
         rows = rows[np.isfinite(rows["value"])]

@@ -19,6 +19,8 @@ from actome.report.words import word
 _FIRST, _LAST, _PALE = "#d98a4e", "#4f93c0", "#888"
 _RAMP = alt.Scale(range=[_FIRST, _LAST], interpolate="lab")
 _HEIGHT = 150
+# Whole up to 10,000, then with a prefix; a format would give all ticks of an axis the prefix of the largest.
+_STEPS = "format(datum.value, datum.value < 10000 ? ',' : '.3~s')"
 _TIP = (alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".4~g"))
 _GRADIENT = alt.Legend(orient="right", gradientLength=100, gradientThickness=10, tickCount=3)
 
@@ -37,7 +39,7 @@ def templates() -> dict[str, dict[str, Any]]:
 
 def _steps() -> alt.X:
     # The script makes the scale linear or logarithmic, and says which steps get a tick.
-    return alt.X("step:Q", title="step", axis=alt.Axis(grid=False, labelOverlap=True, format="~s"))
+    return alt.X("step:Q", title="step", axis=alt.Axis(grid=False, labelOverlap=True, labelExpr=_STEPS))
 
 
 def _value() -> alt.Y:
@@ -66,7 +68,7 @@ def _line(rows: alt.Chart) -> alt.LayerChart:
 
 def _map(rows: alt.Chart) -> alt.LayerChart:
     """Layers by steps, one cell each, whatever lies between the steps."""
-    steps = alt.Axis(labelAngle=0, labelOverlap=True, format="~s")
+    steps = alt.Axis(labelAngle=0, labelOverlap=True, labelExpr=_STEPS)
     x = alt.X("step:O", title="step", axis=steps, scale=CELLS)
     y = alt.Y("layer:O", title="layer", sort="descending", axis=alt.Axis(labelOverlap=True), scale=CELLS)
     scale = alt.Scale(nice=False, zero=False, interpolate="lab")
@@ -114,7 +116,7 @@ def chart(trace: Trace, measure: str, site: str | None = None, *, log: bool = Tr
     rows = trace.rows(measure, site).rename(columns={"place": "name"})[["step", "layer", "name", "value"]]
     least = min((step for step in trace.steps if step > 0), default=1)
     scale = alt.Scale(type="symlog", constant=least) if log else alt.Scale()
-    axis = alt.Axis(grid=False, **({"values": ticks(trace.steps)} if log else {}))
+    axis = alt.Axis(grid=False, labelExpr=_STEPS, **({"values": ticks(trace.steps)} if log else {}))
     colour = [alt.Color("layer:Q", title="layer", scale=_RAMP)] if rows["layer"].notna().any() else []
     base = alt.Chart(inline(rows), title=word(measure).title).mark_line(point=True)
     tip = [alt.Tooltip("name:N", title="at"), *_TIP]

@@ -89,7 +89,7 @@ def _changes(trace: Trace) -> list[Any]:
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("what changed", overflow="fold")
-    table.add_column("most at", overflow="fold")
+    table.add_column("most at", no_wrap=True)
     for name in ("first", "last", "half-way", "turn"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in firsts.head(_MOST).to_dict("records"):

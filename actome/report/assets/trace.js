@@ -48,6 +48,12 @@
     }
     return spec;
   };
+  // Where phases begin, on the axis of steps of a figure.
+  const phases = (layer) => ({
+    data: { values: data.phases },
+    mark: { type: "rule", color: "#888", opacity: 0.45 },
+    encoding: { x: layer.encoding.x, tooltip: [{ field: "name", title: "phase" }, { field: "step", title: "from step" }] },
+  });
   const named = (spec, place) => JSON.parse(JSON.stringify(spec).replaceAll('"title":"head"', `"title":"${place}"`));
 
   const figure = (entry, template, key) => {
@@ -56,7 +62,8 @@
     const rows = rowsOf(entry);
     const fill = () => {
       const spec = coloured(stepped(structuredClone(named(specs[template], entry.place || "head"))), entry, rows);
-      spec.datasets = { rows };
+      if (template === "curves" || template === "lines") spec.layer.push(...data.phases.length ? [phases(spec.layer[0])] : []);
+      spec.datasets = { ...spec.datasets, rows };
       for (const one of spec.params || []) if (one.name === "at") one.value = stepOf(entry);
       plot.spec = spec;
     };
