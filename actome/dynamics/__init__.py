@@ -8,12 +8,17 @@
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
 - `EarlyWarning`: whether a jump was announced
 - `trace`, `Trace` (`trace_table`): the same measurement over many checkpoints; `checkpoints` finds them
+- `fit_emergence`, `EmergencePredictor`: how massive activations come up; `geometry_phases`: how geometry does
+- `Convergence`, `effective_rank`: how early layers reach their final form, and how much of their rank weights use
 """
 
 from .changepoints import ChangePoint, change_point
+from .convergence import Converged, Convergence, effective_rank
 from .curves import Trend, emergence_score, required_items, trend, wilson
 from .dates import Delay, Lead, Passage, delay, first_passage, lead_time
 from .early_warning import EarlyWarning, Warnings
+from .emergence import Emergence, EmergencePredictor, architecture_of, fit_emergence
+from .geometry_phases import Phase, Phases, geometry_phases
 from .law_checks import Bootstrap, Control, Extrapolation, LawComparison, compare_laws, control, extrapolate
 from .law_families import LAWS, Law
 from .laws import LawFit, fit_law
@@ -40,10 +45,14 @@ __all__ = [
     "Checkpoint",
     "Checkpoints",
     "Control",
+    "Converged",
+    "Convergence",
     "Curve",
     "Dated",
     "Delay",
     "EarlyWarning",
+    "Emergence",
+    "EmergencePredictor",
     "EvalVariance",
     "Extrapolation",
     "Fits",
@@ -54,6 +63,8 @@ __all__ = [
     "MetricSwap",
     "News",
     "Passage",
+    "Phase",
+    "Phases",
     "Plateau",
     "Recovered",
     "RunStore",
@@ -67,17 +78,21 @@ __all__ = [
     "Turn",
     "WandbSink",
     "Warnings",
+    "architecture_of",
     "change_point",
     "checkpoints",
     "compare_laws",
     "control",
     "date_curves",
     "delay",
+    "effective_rank",
     "emergence_score",
     "extrapolate",
     "first_passage",
     "fit_curves",
+    "fit_emergence",
     "fit_law",
+    "geometry_phases",
     "lead_time",
     "merge",
     "metric_swap",

@@ -116,7 +116,8 @@ def trace(
         todo = [one for one in found.items if not job.has(one)]
         for one in todo or found.items[:1]:
             measured = job.measured(one, only_look=not todo)
-            gc.collect()  # a wrapped module is part of cycles; the next checkpoint must not find it in memory
+            if one.fresh:
+                gc.collect()  # a wrapped module is part of cycles; the next must not find it in memory
             if out is not None and job.store is None and job.inputs is not None:
                 job.keep_in(stack, Path(out).expanduser())
             if measured is not None and todo:
@@ -220,10 +221,11 @@ class _Job:
 
     def commit(self, checkpoint: Checkpoint, frame: pd.DataFrame) -> None:
         """Keeps the rows of a checkpoint, in the store in one transaction with the note that it is done."""
-        mark = checkpoint.mark()
+        mark = None
         if self.store is None:
             self.frames[checkpoint.step] = frame
         else:
+            mark = checkpoint.mark()
             self.store.log_rows(frame, step=checkpoint.step)
             self.store.event(DONE, checkpoint.step, checkpoint=checkpoint.name, mark=mark, notes=list(self.notes))
             self.store.commit()

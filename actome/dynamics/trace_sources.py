@@ -32,12 +32,14 @@ class Checkpoint:
         open: brings it into memory. Whoever calls it holds the only reference, or, where weights are loaded into one
             module again and again, must be done with the last before opening the next.
         mark: a short text that is another one when the weights are others; None when that cannot be told.
+        fresh: whether `open` makes a module that was not in memory before, and that has to be let go of.
     """
 
     step: int
     name: str
     open: Callable[[], Model] = field(repr=False)
     mark: Callable[[], str | None] = field(repr=False, default=lambda: None)
+    fresh: bool = field(repr=False, default=True)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _of_demo(loading: Mapping[str, Any]) -> _Found:
 def _of_training(training: Any, shared: Shared) -> _Found:
     def one(step: int, weights: Mapping[str, Any]) -> Checkpoint:
         name = f"step {step}"
-        return Checkpoint(step, name, lambda: shared.filled(weights, name), lambda: mark_of_tensors(weights))
+        return Checkpoint(step, name, lambda: shared.filled(weights, name), lambda: mark_of_tensors(weights), False)
 
     kind = type(training.module).__name__
     over = [] if training.checkpoints else ["its training kept none; train(..., checkpoints='log')"]
@@ -177,13 +179,13 @@ def _of_any(step: int, what: Any, tokenizer: Any, shared: Shared | None, loading
         return (_file if path.suffix in WEIGHTS else _folder)(path, step, tokenizer, shared, loading)
     name = f"step {step}"
     if isinstance(what, Model):
-        return Checkpoint(step, name, lambda: what, lambda: mark_of_tensors(what.module.state_dict()))
+        return Checkpoint(step, name, lambda: what, lambda: mark_of_tensors(what.module.state_dict()), False)
     if isinstance(what, nn.Module):
         return Checkpoint(
-            step, name, lambda: wrap(what, tokenizer, name=name), lambda: mark_of_tensors(what.state_dict())
+            step, name, lambda: wrap(what, tokenizer, name=name), lambda: mark_of_tensors(what.state_dict()), False
         )
     if isinstance(what, Mapping):
-        return Checkpoint(step, name, lambda: _into(shared, what, name), lambda: mark_of_tensors(what))
+        return Checkpoint(step, name, lambda: _into(shared, what, name), lambda: mark_of_tensors(what), False)
     if callable(what):
         return Checkpoint(step, name, lambda: _called(what, tokenizer, name))
     raise LoadError(f"step {step} is {type(what).__name__}; give a folder, a Model, a module, weights or a function")
@@ -240,13 +242,13 @@ def _folder(path: Path, step: int, tokenizer: Any, shared: Shared | None, loadin
             return shared.filled(read_weights(_weights_in(path), path), path.name)
         return load_folder(path, tokenizer, loading)
 
-    return Checkpoint(step, path.name, opened, lambda: mark_of_files(_weights_in(path)))
+    return Checkpoint(step, path.name, opened, lambda: mark_of_files(_weights_in(path)), shared is None)
 
 
 def _file(path: Path, step: int, tokenizer: Any, shared: Shared | None, loading: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(
         step, path.name, lambda: _into(shared, lambda: read_weights([path], path), path.name),
-        lambda: mark_of_files([path]),
+        lambda: mark_of_files([path]), False,
     )  # fmt: skip
 
 
