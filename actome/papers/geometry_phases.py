@@ -1,9 +1,9 @@
 """[190] Tracing the Representation Geometry of Language Models from Pretraining to Post-training.
 
-The paper follows the spectrum of the last layer's representations through training and finds three phases: the effective
-rank collapses during warm-up, then grows (entropy-seeking), then shrinks (compression-seeking). A toy explains the first
-two by frequency: with a cross-entropy, targets of very uneven frequency and a bottleneck, gradients first go along a few
-directions that frequent targets share.
+The paper follows the spectrum of the last layer's representations through training and finds three phases: the
+effective rank collapses during warm-up, then grows (entropy-seeking), then shrinks (compression-seeking). A toy explains
+the first two by frequency: with a cross-entropy, targets of very uneven frequency and a bottleneck, gradients first go
+along a few directions that frequent targets share.
 
 Tested on that toy: an encoder of random contexts with a bottleneck of 32 units, 300 targets of Zipf's frequencies. The
 controls take one ingredient away each: even frequencies, the squared error, the bottleneck.
