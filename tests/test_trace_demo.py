@@ -39,7 +39,9 @@ def by_hand(text):
         module = LlamaForCausalLM.from_pretrained(demo_dir(step), dtype=torch.float32, attn_implementation="eager")
         kept = {}
         hooks = [
-            layer.register_forward_hook(lambda m, i, o, at=at: kept.__setitem__(at, o[0] if isinstance(o, tuple) else o))
+            layer.register_forward_hook(
+                lambda m, i, o, at=at: kept.__setitem__(at, o[0] if isinstance(o, tuple) else o)
+            )
             for at, layer in enumerate(module.model.layers)
         ]
         with torch.no_grad():

@@ -38,14 +38,9 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
         }
         for schedule in ("constant", "cosine")
     }
-    figures: dict[str, Any] = {}
-    for schedule, by_width in runs.items():
-        figures[schedule] = {
-            str(width): {
-                key: float(np.mean([one[key] for one in some])) for key in ("first", "t90", "roughness", "rank")
-            }
-            for width, some in by_width.items()
-        }
+    figures: dict[str, Any] = {
+        schedule: {str(width): _means(some) for width, some in by_width.items()} for schedule, by_width in runs.items()
+    }
     layers = [row for some in runs["constant"].values() for one in some for row in one["layers"]]
     ranks, dates = ([row[key] for row in layers] for key in ("rank", "t90"))
     figures["rank_with_t90"] = associated(ranks, dates, 199, 200, seed)
@@ -66,6 +61,10 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     return figures, control, {name: bool(held) for name, held in checks.items()}
 
 
+def _means(some: list[dict[str, Any]]) -> dict[str, float]:
+    return {key: float(np.mean([one[key] for one in some])) for key in ("first", "t90", "roughness", "rank")}
+
+
 def _converged(data: Digits, width: int, steps: int, seed: int, schedule: str) -> dict[str, Any]:
     training = _trained(data, width, steps, seed % 2**31, schedule)
     found = Convergence(SITES).trace(training, data.test)
@@ -78,9 +77,13 @@ def _converged(data: Digits, width: int, steps: int, seed: int, schedule: str) -
         for one, rank in zip(table["t90"], ranks["weight_rank_share"], strict=True)
     ]
     return {
-        "first": float(np.mean(first)), "t90": float(table["t90"].mean()), "roughness": float(table["roughness"].mean()),
-        "rank": float(ranks["weight_rank_share"].mean()), "layers": layers, "net": training.module,
-    }  # fmt: skip
+        "first": float(np.mean(first)),
+        "t90": float(table["t90"].mean()),
+        "roughness": float(table["roughness"].mean()),
+        "rank": float(ranks["weight_rank_share"].mean()),
+        "layers": layers,
+        "net": training.module,
+    }
 
 
 def _trained(data: Digits, width: int, steps: int, seed: int, schedule: str) -> Training:
@@ -127,9 +130,9 @@ ENTRY = Entry(
     title="Tending Towards Stability: Convergence Challenges in Small Language Models",
     kind="measure",
     home="actome.dynamics.Convergence",
-    claim="Activations of wide perceptrons are near their final state earlier than those of narrow ones: similarity at a "
-    "fifteenth of the training rises with width, and the widest is at 0.9 for good within a fifth of it, at least twice "
-    "as early as the narrowest.",
+    claim="Activations of wide perceptrons are near their final state earlier than those of narrow ones: similarity at "
+    "a fifteenth of the training rises with width, and the widest is at 0.9 for good within a fifth of it, at least "
+    "twice as early as the narrowest.",
     test=test,
     takes={"smoke": "seconds", "small": "about a minute"},
     open="Language models; gradients; whether rank causes slowness.",

@@ -34,7 +34,7 @@ SHAPES = [(32, 2, 2), (32, 4, 3), (48, 2, 3), (48, 4, 2), (64, 2, 2), (64, 4, 4)
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
     smoke = scale == "smoke"
-    seeds, steps, shapes, short, points = (1, 24, 4, 6, 3) if smoke else (3, 1500, 8, 300, 12)
+    seeds, steps, shapes, short, points = (1, 24, 4, 6, 3) if smoke else (3, 1500, 8, 200, 12)
     world = TopicBigram(vocab=64, seed=seed)
     probe = world.sample(SEQUENCES, LENGTH, seed=seed + 1).tokens
 
@@ -122,9 +122,9 @@ ENTRY = Entry(
     title="Hidden Dynamics of Massive Activations in Transformer Training",
     kind="phenomenon",
     home="actome.dynamics.fit_emergence",
-    claim="In training, the largest-to-median ratio of a layer rises by half or more and follows the five-parameter law "
-    "with r2 of 0.9; on shuffled ratios the law reaches a median of 0.5 at most. The level at the end is foretold from "
-    "the architecture better than by the mean.",
+    claim="In training, the largest-to-median ratio of a layer rises by half or more and follows the five-parameter "
+    "law with r2 of 0.9; on shuffled ratios the law reaches a median of 0.5 at most. The level at the end is foretold "
+    "from the architecture better than by the mean.",
     test=test,
     takes={"smoke": "seconds", "small": "about a minute"},
     open="Pythia's checkpoints; peaks and ratios of thousands; prediction of amplitude and timing.",
