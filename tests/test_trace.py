@@ -226,7 +226,7 @@ def test_another_architecture_is_refused_or_left_out(run, tmp_path):
 def test_a_missing_or_corrupt_step_is_named(run):
     weights = run / "checkpoint-20" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ac.LoadError, match="step 20: .*checkpoint-20.*truncated"):
+    with pytest.raises(ac.LoadError, match=r"step 20: .*checkpoint-20.*truncated"):
         ac.trace(run, PANEL, text=IDS)
     (run / "checkpoint-500" / "config.json").unlink()
     found = ac.trace(run, PANEL, text=IDS, on_error="skip", steps=[0, 20, 77, 500])
@@ -241,13 +241,13 @@ def test_a_missing_or_corrupt_step_is_named(run):
 
 def test_weights_of_another_shape_and_weights_alone(tmp_path):
     weights = tiny(0).state_dict()
-    with pytest.raises(ac.LoadError, match="weights alone.*give model="):
+    with pytest.raises(ac.LoadError, match=r"weights alone.*give model="):
         ac.trace({0: weights}, PANEL, text=IDS)
-    (name, one), *rest = weights.items()
+    name, one = next(iter(weights.items()))
     with pytest.raises(ac.LoadError, match=f"does not fit LlamaForCausalLM: {name} is .* there and .* here; lacks"):
         ac.trace({0: {name: one[:-1]}}, PANEL, text=IDS, model=tiny(1))
     (tmp_path / "step5.pt").write_bytes(b"no zip")
-    with pytest.raises(ac.LoadError, match="step5.pt"):
+    with pytest.raises(ac.LoadError, match=r"step5\.pt"):
         ac.trace(tmp_path, PANEL, text=IDS, model=tiny(1))
 
 
@@ -271,7 +271,7 @@ def test_no_checkpoints(tmp_path, saved):
     with pytest.raises(ac.LoadError, match="step 5 twice, as checkpoint-5 and step5"):
         ac.trace(tmp_path, PANEL, text=IDS)
     (tmp_path / "step5" / "trainer_state.json").write_text('{"global_step": 6}')
-    with pytest.raises(ac.LoadError, match="step 5 by its name and step 6 by its trainer_state.json"):
+    with pytest.raises(ac.LoadError, match=r"step 5 by its name and step 6 by its trainer_state\.json"):
         ac.trace(tmp_path, PANEL, text=IDS)
 
 
@@ -291,7 +291,7 @@ def test_a_panel_that_measures_nothing_and_text_without_a_tokenizer(saved):
         ac.trace(saved, {}, text=IDS)
     with pytest.raises(ac.TextError, match="comes without one; give tokenizer="):
         ac.trace(saved, PANEL, text=["some words"])
-    with pytest.raises(ac.SiteError, match="checkpoint-0: .*resid.pots"):
+    with pytest.raises(ac.SiteError, match=r"checkpoint-0: .*resid\.pots"):
         ac.trace(saved, {"blocks.*.resid.pots": ActivationScale()}, text=IDS)
     with pytest.raises(ValueError, match="choose 'raise' or 'skip'"):
         ac.trace(saved, PANEL, text=IDS, on_error="ignore")

@@ -38,12 +38,7 @@ def by_hand(text):
     for step in demo_steps():
         module = LlamaForCausalLM.from_pretrained(demo_dir(step), dtype=torch.float32, attn_implementation="eager")
         kept = {}
-        hooks = [
-            layer.register_forward_hook(
-                lambda m, i, o, at=at: kept.__setitem__(at, o[0] if isinstance(o, tuple) else o)
-            )
-            for at, layer in enumerate(module.model.layers)
-        ]
+        hooks = [layer.register_forward_hook(keeping(kept, at)) for at, layer in enumerate(module.model.layers)]
         with torch.no_grad():
             logits = module(text).logits
             ranks = [rank_by_svd(kept[at].flatten(0, 1).double().numpy()) for at in range(LAYERS)]
@@ -54,6 +49,10 @@ def by_hand(text):
         scores = [scores_by_loops(pattern.numpy(), repeats.numpy()) for pattern in patterns]
         out[step] = {"loss": float(loss), "ranks": ranks, "scores": scores}
     return out
+
+
+def keeping(kept: dict, at: int):
+    return lambda module, inputs, out: kept.__setitem__(at, out[0] if isinstance(out, tuple) else out)
 
 
 def rank_by_svd(x: np.ndarray) -> float:

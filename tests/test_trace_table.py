@@ -136,7 +136,7 @@ def test_fits_have_goodness_bands_and_a_control():
     low, high = found.band("blocks.0.resid.post", steps)
     clean = exp_log(steps, *truth.values())
     assert ((low <= clean) & (clean <= high)).mean() > 0.8
-    with pytest.raises(ac.MeasureError, match="nearest: blocks.0.resid.post"):
+    with pytest.raises(ac.MeasureError, match=r"nearest: blocks\.0\.resid\.post"):
         found.band("blocks.0.resid.pots", steps)
     with pytest.raises(ac.MeasureError, match="needs 20 points"):
         dyn.fit_emergence(rows("massive_ratio", np.arange(12.0)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actome.core.errors import LoadError, nearest_beside
+from actome.dynamics.trace_hub import revisions_of
 from actome.dynamics.trace_steps import chosen, step_of, step_of_folder
 from actome.dynamics.trace_weights import Shared, mark_of_files, mark_of_tensors, read_weights
 
@@ -107,7 +107,9 @@ def checkpoints(
     elif source == DEMO:
         label, found, over = _of_demo(loading)
     elif _is_hub_id(source):
-        label, found, over = _of_hub(str(source), revisions, tokenizer, api, loading)
+        label = str(source)
+        there, over = revisions_of(label, revisions, tokenizer, api, loading)
+        found = [Checkpoint(*one, lambda mark=mark: mark) for *one, mark in there]
     elif isinstance(source, str | Path):
         label, found, over = _of_folder(Path(source).expanduser(), tokenizer, shared, loading)
     else:
@@ -290,57 +292,3 @@ def _tokenizer_above(path: Path) -> Any:
 def _weights_in(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     return files or sorted(one for one in folder.glob("*.bin") if one.name != "training_args.bin")
-
-
-# -- the hub ----------------------------------------------------------------------------------------------------------
-
-
-def _of_hub(
-    hub_id: str, revisions: str | Iterable[str] | None, tokenizer: Any, api: Any, loading: Mapping[str, Any]
-) -> _Found:
-    patterns = [revisions] if isinstance(revisions, str) else None if revisions is None else list(revisions)
-    refs = _refs(hub_id, api)
-    over, found = [], []
-    for name, commit in refs.items():
-        if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
-            continue
-        step = step_of(name)
-        if step is None:
-            over.append(f"revision {name} says no step")
-        else:
-            found.append(Checkpoint(step, name, _on_hub(hub_id, name, tokenizer, loading), lambda mark=commit: mark))
-    if not found:
-        names = ", ".join(list(refs)[:8]) or "none"
-        over = [f"no revision {'matches ' + ', '.join(patterns) if patterns else 'has a step in its name'} ({names})"]
-    return hub_id, found, over
-
-
-def _refs(hub_id: str, api: Any) -> dict[str, str | None]:
-    """Branches and tags with their commits; a branch hides a tag of its name, as on the hub."""
-    if api is None:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-    try:
-        refs = api.list_repo_refs(hub_id)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoadError(f"{hub_id} is no folder here, and its revisions cannot be listed: {reason}") from error
-    both = [*getattr(refs, "branches", ()), *getattr(refs, "tags", ())]
-    found: dict[str, str | None] = {}
-    for ref in both:
-        found.setdefault(ref.name, getattr(ref, "target_commit", None))
-    return found
-
-
-def _on_hub(hub_id: str, revision: str, tokenizer: Any, loading: Mapping[str, Any]) -> Callable[[], Model]:
-    def opened() -> Model:
-        from actome.core.load import load
-
-        model = load(hub_id, revision=revision, **loading)
-        model.name = f"{hub_id}, {revision}"
-        if model.tokenizer is None:
-            model.tokenizer = tokenizer
-        return model
-
-    return opened

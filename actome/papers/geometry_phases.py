@@ -1,9 +1,9 @@
 """[190] Tracing the Representation Geometry of Language Models from Pretraining to Post-training.
 
 The paper follows the spectrum of the last layer's representations through training and finds three phases: the
-effective rank collapses during warm-up, then grows (entropy-seeking), then shrinks (compression-seeking). A toy explains
-the first two by frequency: with a cross-entropy, targets of very uneven frequency and a bottleneck, gradients first go
-along a few directions that frequent targets share.
+effective rank collapses during warm-up, then grows (entropy-seeking), then shrinks (compression-seeking). A toy
+explains the first two by frequency: with a cross-entropy, targets of very uneven frequency and a bottleneck, gradients
+first go along a few directions that frequent targets share.
 
 Tested on that toy: an encoder of random contexts with a bottleneck of 32 units, 300 targets of Zipf's frequencies. The
 controls take one ingredient away each: even frequencies, the squared error, the bottleneck.
@@ -126,8 +126,9 @@ ENTRY = Entry(
     title="Tracing the Representation Geometry of Language Models from Pretraining to Post-training",
     kind="measure",
     home="actome.dynamics.geometry_phases",
-    claim="With a bottleneck, cross-entropy and targets of Zipf's frequencies, the features' effective rank falls to half "
-    "of its start or less in training and comes back to 0.8 of it; with uniform targets the dip is shallower by 5.",
+    claim="With a bottleneck, cross-entropy and targets of Zipf's frequencies, the features' effective rank falls to "
+    "half of its start or less in training and comes back to 0.8 of it; with uniform targets the dip is shallower by "
+    "5 or more.",
     test=test,
     takes={"smoke": "seconds", "small": "about a minute"},
     open="Compression-seeking, which the toy does not have; post-training; large models.",
