@@ -91,6 +91,7 @@ def geometry_phases(
     alpha: Any = None,
     *,
     site: str | None = None,
+    measure: str = "effective_rank",
     bandwidth: float = 0.04,
     least: float = 0.15,
     resamples: int = 200,
@@ -107,6 +108,8 @@ def geometry_phases(
         trace: a `Trace` with ``effective_rank`` and, if it has one, ``alpha``; or steps (points), with `rank` and
             `alpha` (points) given too.
         site: of a trace: the last layer's ``resid.post`` unless given.
+        measure: which rank of a trace: ``effective_rank`` (of singular values), or ``shannon_rank`` (of eigenvalues of
+            the covariance), which moves more and is the one of the paper.
         bandwidth: of the smoothing, as a share of the range of log step.
         least: how large a turn is, as a share of the rank's range.
         resamples, level, seed: of the bootstrap, which draws the residuals of the smoothing anew, as correlated as they
@@ -124,7 +127,7 @@ def geometry_phases(
     ['warm-up collapse', 'entropy-seeking', 'compression-seeking']
     """
     if hasattr(trace, "curve"):
-        steps, rank, alpha = _of_trace(trace, site)
+        steps, rank, alpha = _of_trace(trace, site, measure)
     else:
         steps = np.asarray(trace, dtype=np.float64)
         alpha = np.full(len(steps), np.nan) if alpha is None else alpha
@@ -176,15 +179,15 @@ def geometry_phases(
     return Phases(tuple(items), x, smooth, smooth_a, (band[0], band[1]), r2, control, p)
 
 
-def _of_trace(trace: Trace, site: str | None) -> tuple[Array, Array, Array]:
-    rows = trace.rows("effective_rank", site)
+def _of_trace(trace: Trace, site: str | None, measure: str) -> tuple[Array, Array, Array]:
+    rows = trace.rows(measure, site)
     if site is None:
         stream = rows[rows["site"].str.endswith("resid.post")]
         rows = stream if len(stream) else rows
         rows = rows[rows["layer"] == rows["layer"].max()] if rows["layer"].notna().any() else rows
     places = list(dict.fromkeys(rows["place"]))
     if len(places) > 1:
-        raise MeasureError(f"the effective rank was measured at {', '.join(places[:4])}; name one by site=")
+        raise MeasureError(f"{measure!r} was measured at {', '.join(places[:4])}; name one by site=")
     ranks = rows.set_index("step")["value"]
     alphas = ranks * np.nan
     if "alpha" in trace.measures:

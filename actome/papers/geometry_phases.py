@@ -6,7 +6,9 @@ explains the first two by frequency: with a cross-entropy, targets of very uneve
 first go along a few directions that frequent targets share.
 
 Tested on that toy: an encoder of random contexts with a bottleneck of 32 units, 300 targets of Zipf's frequencies. The
-controls take one ingredient away each: even frequencies, the squared error, the bottleneck.
+effective rank is that of the eigenvalues of the features' covariance, the exponential of its von Neumann entropy; that
+of the singular values, which moves less, is told beside it. The controls take one ingredient away each: even
+frequencies, the squared error, the bottleneck.
 """
 
 from __future__ import annotations
@@ -35,7 +37,19 @@ EVERY_SEED, ONE_SEED = ("zipf", "uniform"), ("squared error", "no bottleneck")
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
     seeds, steps, points = (1, 120, 12) if scale == "smoke" else (3, 3000, 30)
     found = over_seeds(lambda one: _arms(one % 2**31, steps, points), seed, seeds)
-    keys = ("start", "least", "turn", "end", "depth", "p", "collapse_first", "compression")
+    keys = (
+        "singular_start",
+        "singular_least",
+        "singular_end",
+        "start",
+        "least",
+        "turn",
+        "end",
+        "depth",
+        "p",
+        "collapse_first",
+        "compression",
+    )
     zipf, uniform = ({key: found[f"{arm}/{key}"] for key in keys} for arm in EVERY_SEED)
     first = trial_seeds(seed, 1)[0] % 2**31
     one_seed = {arm: _arm(first, steps, points, arm) for arm in ONE_SEED}
@@ -66,10 +80,11 @@ def _arms(seed: int, steps: int, points: int) -> dict[str, float]:
 
 
 def _arm(seed: int, steps: int, points: int, arm: str) -> dict[str, float]:
-    at, ranks, alphas = _run(seed, steps, points, arm)
+    at, ranks, singular, alphas = _run(seed, steps, points, arm)
     phases = geometry_phases(at, ranks, alphas, resamples=50, seed=seed)
     low = int(np.argmin(ranks))
     return {
+        "singular_start": singular[0], "singular_least": min(singular), "singular_end": singular[-1],
         "start": ranks[0], "least": ranks[low], "turn": float(at[low]), "end": ranks[-1],
         # How deep the dip is: below the lower of its two rims.
         "depth": min(ranks[0], max(ranks[low:])) - ranks[low], "p": phases.p,
@@ -78,8 +93,8 @@ def _arm(seed: int, steps: int, points: int, arm: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _run(seed: int, steps: int, points: int, arm: str) -> tuple[list[int], list[float], list[float]]:
-    """Effective rank (of singular values, centred) and alpha of all contexts' features, at steps even in log step."""
+def _run(seed: int, steps: int, points: int, arm: str) -> tuple[list[int], list[float], list[float], list[float]]:
+    """Steps even in log step; at these of all contexts' features the rank of eigenvalues, of singular values, alpha."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(CONTEXTS, INPUTS, generator=draw)
     frequency = torch.ones(TARGETS) if arm == "uniform" else torch.arange(1, TARGETS + 1.0) ** -EXPONENT
@@ -91,26 +106,25 @@ def _run(seed: int, steps: int, points: int, arm: str) -> tuple[list[int], list[
     adam = torch.optim.AdamW([*encoder.parameters(), *readout.parameters()], lr=1e-3)
     wanted = F.one_hot(y, TARGETS).float() if arm == "squared error" else y
     loss = F.mse_loss if arm == "squared error" else F.cross_entropy
-    kept, ranks, alphas = set(log_spaced(steps, points)), [], []
+    kept, curves = set(log_spaced(steps, points)), []
     for step in range(steps + 1):
         if step in kept:
-            rank, alpha = _spectrum(encoder, x)
-            ranks.append(rank)
-            alphas.append(alpha)
+            curves.append(_spectrum(encoder, x))
         adam.zero_grad()
         loss(readout(encoder(x)), wanted).backward()
         adam.step()
-    return sorted(kept), ranks, alphas
+    return sorted(kept), *map(list, zip(*curves, strict=True))
 
 
 @torch.no_grad()
-def _spectrum(encoder: nn.Module, x: Tensor) -> tuple[float, float]:
+def _spectrum(encoder: nn.Module, x: Tensor) -> tuple[float, float, float]:
     features = encoder(x)
     centred = (features - features.mean(0))[None]
     rank, spectrum = EffectiveRank(), Spectrum()
     rank.update(centred)
     spectrum.update(centred)
-    return float(rank.compute()["effective_rank"]), float(spectrum.compute()["alpha"])
+    values = spectrum.compute()
+    return float(values["shannon_rank"]), float(rank.compute()["effective_rank"]), float(values["alpha"])
 
 
 def _demo() -> dict[str, Any]:
