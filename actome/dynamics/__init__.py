@@ -9,6 +9,7 @@
 - `EarlyWarning`: whether a jump was announced
 - `trace`, `Trace` (`trace_table`): the same measurement over many checkpoints; `checkpoints` finds them
 - `fit_emergence`, `EmergencePredictor`: how massive activations come up; `geometry_phases`: how geometry does
+- `InfinityGram`, `ngram_agreement`: whether a model says what n-grams of its text say
 - `Convergence`, `effective_rank`: how early layers reach their final form, and how much of their rank weights use
 """
 
@@ -24,6 +25,7 @@ from .law_families import LAWS, Law
 from .laws import LawFit, fit_law
 from .merge import merge
 from .mirage import MetricSwap, metric_swap
+from .ngrams import Agreement, InfinityGram, ngram_agreement
 from .recover import Recovered, recover
 from .segments import Segments, segments
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
@@ -40,6 +42,7 @@ from .writer import RunWriter
 
 __all__ = [
     "LAWS",
+    "Agreement",
     "Bootstrap",
     "ChangePoint",
     "Checkpoint",
@@ -56,6 +59,7 @@ __all__ = [
     "EvalVariance",
     "Extrapolation",
     "Fits",
+    "InfinityGram",
     "Law",
     "LawComparison",
     "LawFit",
@@ -96,6 +100,7 @@ __all__ = [
     "lead_time",
     "merge",
     "metric_swap",
+    "ngram_agreement",
     "plateaus",
     "recover",
     "required_items",

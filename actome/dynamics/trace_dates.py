@@ -86,8 +86,8 @@ def date_curves(
     >>> step = [0, 1, 2, 4, 8, 16, 32, 64]
     >>> trace = Trace(pd.DataFrame({"step": step, "measure": "induction", "value": [0, 0, 0, 0, 0.1, 0.9, 1, 1]}))
     >>> row = trace.dates().when("induction")
-    >>> row["low"], row["at"], row["high"], row["p"] <= 0.05
-    (8, 12.0, 16, True)
+    >>> [float(row[name]) for name in ("low", "at", "high")], bool(row["p"] <= 0.05)
+    ([8.0, 12.0, 16.0], True)
     """
     if not 0 < share < 1 or hold < 1:
         raise MeasureError(f"share={share}, hold={hold}: give a share between 0 and 1, and at least one checkpoint")

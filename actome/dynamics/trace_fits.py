@@ -73,7 +73,7 @@ def fit_curves(
     >>> step = np.arange(1, 31)
     >>> trace = Trace(pd.DataFrame({"step": step, "measure": "norm", "value": 2 + 3 * np.sqrt(step)}))
     >>> found = trace.fit("norm", law="power")
-    >>> bool(found.frame["r2"][0] > 0.999), bool(found.frame["control"][0] < 0.5), round(found.frame["a"][0], 2)
+    >>> bool(found.frame["r2"][0] > 0.999), bool(found.frame["control"][0] < 0.5), round(float(found.frame["a"][0]), 2)
     (True, True, 0.5)
     """
     family = law_of(law)

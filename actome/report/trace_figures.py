@@ -128,7 +128,7 @@ def ticks(steps: list[int], most: int = 8) -> list[int]:
     """Some of the steps for the ticks of a logarithmic axis, far enough apart there.
 
     >>> ticks([0, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192], most=5)
-    [0, 64, 512, 2048, 8192]
+    [0, 128, 512, 2048, 8192]
     """
     least = min((step for step in steps if step > 0), default=1)
     along = np.log1p(np.array(steps) / least)
