@@ -46,6 +46,8 @@ _HOMES = {
     "actome.clamps": ("Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Scale", "Set", "TopK"),
     "actome.tasks.demo": ("demo",),
     "actome.dynamics.watching": ("Watch", "watch"),
+    "actome.dynamics.trace": ("trace",),
+    "actome.dynamics.trace_table": ("Trace",),
     "actome.report.scan": ("Scan", "scan"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
     from actome.core.sites import Site
     from actome.core.text import Text
     from actome.dynamics.watching import Watch, watch
+    from actome.dynamics.trace import trace
+    from actome.dynamics.trace_table import Trace
     from actome.report.scan import Scan, scan
     from actome.tasks.demo import demo
 

@@ -68,6 +68,7 @@ const actome = (() => {
           config, mode: "vega-lite", renderer: "svg", actions: false, tooltip: { theme: "custom", disableDefaultStyle: false },
         });
         view.addEventListener("click", (event, item) => item && open(item.datum));
+        place.view = view; // for scripts that move something in it
         place.classList.add("drawn");
       }
       document.documentElement.dataset.drawn = document.querySelectorAll("[data-figure].drawn svg").length;
