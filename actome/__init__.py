@@ -46,7 +46,7 @@ _HOMES = {
     "actome.clamps": ("Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Scale", "Set", "TopK"),
     "actome.tasks.demo": ("demo",),
     "actome.dynamics.watching": ("Watch", "watch"),
-    "actome.dynamics.trace": ("trace",),
+    "actome.dynamics.tracing": ("trace",),
     "actome.dynamics.trace_table": ("Trace",),
     "actome.report.scan": ("Scan", "scan"),
 }
@@ -76,9 +76,9 @@ if TYPE_CHECKING:
     from actome.core.recording import Recording
     from actome.core.sites import Site
     from actome.core.text import Text
-    from actome.dynamics.watching import Watch, watch
-    from actome.dynamics.trace import trace
     from actome.dynamics.trace_table import Trace
+    from actome.dynamics.tracing import trace
+    from actome.dynamics.watching import Watch, watch
     from actome.report.scan import Scan, scan
     from actome.tasks.demo import demo
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import actome as ac
 from actome.core.errors import MeasureError, SiteError
 from actome.dynamics import lazy_rich_index, regime
-from actome.dynamics.regime import effective_rank
+from actome.dynamics.regimes import effective_rank
 from actome.measures import (
     TangentKernelAlignment,
     kernel_alignment,

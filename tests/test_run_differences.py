@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from actome.core.errors import MeasureError
 from actome.dynamics import RunVariance, butterfly, grokking_delay, loss_barrier, vote_shares
 from actome.dynamics.barrier import mixed, refresh_statistics
-from actome.dynamics.butterfly import nudged
+from actome.dynamics.butterfly_effect import nudged
 from actome.dynamics.run_variance import poisson_binomial, split
 from actome.measures import permutation_groups, permuted
 from actome.measures.permutation import copied

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actome.core.errors import MeasureError, nearest
-from actome.dynamics.dates import Passage, _median, _median_interval, first_passage
+from actome.dynamics.dates import Passage, _median, first_passage, median_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +70,7 @@ class StepsTo:
         known = runs[~np.isnan(runs)]
         if not len(known):
             return StepsRatio(math.nan, math.nan, math.nan, math.nan, tuple(runs.tolist()), tuple(at_least.tolist()))
-        low, high = _median_interval(known, level, resamples, seed)
+        low, high = median_interval(known, level, resamples, seed)
         faster = float((known < 1).mean() + 0.5 * (known == 1).mean())
         return StepsRatio(_median(known), low, high, faster, tuple(runs.tolist()), tuple(at_least.tolist()))
 
@@ -119,7 +119,7 @@ def steps_to(
         passages = [first_passage(x, y, threshold=threshold, rising=rising, hold=hold, resamples=0) for x, y in runs]
         dates = np.array([one.at for one in passages])
         ends[name] = tuple(one.last for one in passages)
-        low, high = _median_interval(dates, level, resamples, seed)
+        low, high = median_interval(dates, level, resamples, seed)
         found[name] = Passage(
             _median(dates), low, high, tuple(dates.tolist()), float(np.isinf(dates).mean()), max(ends[name])
         )

@@ -101,9 +101,7 @@ def ou_lr_test(x: Any, n_boot: int = 100, seed: int = 0) -> OUTest:
     constant, weakening = fit_pull(x)
     deviance = _deviance(constant, weakening)
     rng = np.random.default_rng(seed)
-    null, alternative = (
-        ou_deviance(model.simulate(n_boot, len(x), rng)) for model in (constant, weakening)
-    )
+    null, alternative = (ou_deviance(model.simulate(n_boot, len(x), rng)) for model in (constant, weakening))
     ties = null[:, None] == alternative[None, :]
     auc = float((alternative[None, :] > null[:, None]).mean() + 0.5 * ties.mean())
     return OUTest(

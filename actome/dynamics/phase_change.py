@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from actome.core.errors import MeasureError
-from actome.dynamics.dates import _median, _median_interval, first_passage
+from actome.dynamics.dates import _median, first_passage, median_interval
 from actome.dynamics.series import series
 from actome.dynamics.smoothing import smoother
 from actome.dynamics.turns import _still
@@ -90,7 +90,7 @@ def phase_change(
     found = np.array([_of_run(curve.x, run, tolerance, least, least_change) for run in values])
     dates, waits, moves, befores, afters = found.T
     known = np.isfinite(dates)
-    low, high = _median_interval(dates, level, resamples, seed)
+    low, high = median_interval(dates, level, resamples, seed)
 
     def over_seeds(summary: Any, per_seed: np.ndarray) -> float:
         return float(summary(per_seed[known])) if known.any() else math.nan

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actome.dynamics.barrier import loss_barrier
-from actome.dynamics.butterfly import TrainFn, butterfly
+from actome.dynamics.butterfly_effect import TrainFn, butterfly
 from actome.papers.registry import Entry, Scale
 from actome.tasks.digits import Digits, digits
 from actome.tasks.draw import seeded

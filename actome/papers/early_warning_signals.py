@@ -39,8 +39,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     rate = {kind: {name: float((taus[kind][name] > level[name]).mean()) for name in INDICATORS} for kind in KINDS}
     deviance = {kind: ou_deviance(tool.detrended(made[kind].traces[:fitted])) for kind in ("fold", "noise", "none")}
     one = {
-        kind: ou_lr_test(tool.detrended(made[kind].traces[:1])[0], n_boot=boots, seed=seed)
-        for kind in ("fold", "none")
+        kind: ou_lr_test(tool.detrended(made[kind].traces[:1])[0], n_boot=boots, seed=seed) for kind in ("fold", "none")
     }
     surrogate = {kind: [tool.fit(trace) for trace in made[kind].traces[: fitted // 2]] for kind in ("fold", "none")}
     figures = {
@@ -75,7 +74,6 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
 
 def _auc(scores: np.ndarray, stationary: np.ndarray) -> float:
     return auroc(np.concatenate([scores, stationary]), np.arange(len(scores) + len(stationary)) < len(scores))
-
 
 
 ENTRY = Entry(

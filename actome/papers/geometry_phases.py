@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actome.dynamics.geometry_phases import geometry_phases
-from actome.dynamics.trace import trace
+from actome.dynamics.tracing import trace
 from actome.measures.spectrum import EffectiveRank, Spectrum
 from actome.papers.registry import Entry, Scale
 from actome.tasks.draw import weights_from

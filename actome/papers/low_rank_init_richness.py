@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actome.dynamics.regime import Regime, regime
+from actome.dynamics.regimes import Regime, regime
 from actome.papers.registry import Entry, Scale
 from actome.tasks.digits import Digits, digits
 from actome.tasks.draw import seeded

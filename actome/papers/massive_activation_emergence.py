@@ -18,8 +18,8 @@ from torch import Tensor
 
 from actome.core.load import wrap
 from actome.dynamics.emergence import EmergencePredictor, architecture_of, fit_emergence
-from actome.dynamics.trace import trace
 from actome.dynamics.trace_table import Trace
+from actome.dynamics.tracing import trace
 from actome.measures.extremes import MassiveActivations
 from actome.papers.registry import Entry, Scale
 from actome.tasks import Subject, SubjectConfig, train

@@ -101,9 +101,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     return figures, control, checks
 
 
-def _over_size(
-    seeds: list[int], lr: float, steps: int, sizes: tuple[int, ...], known: list[Trained]
-) -> dict[str, Any]:
+def _over_size(seeds: list[int], lr: float, steps: int, sizes: tuple[int, ...], known: list[Trained]) -> dict[str, Any]:
     """The largest attention logit over size, and that of a width that was not fitted; `known` are those of `WIDTH`."""
     found = {
         width: known if width == WIDTH else [_train(one, width, lr, steps) for one in seeds]
@@ -133,9 +131,7 @@ def _train(
         initial = final = float(next_token_loss(module, text))
     if steps:
         try:
-            train(
-                module, rows, steps, batch_size=BATCH, loss=loss, lr=lr, warmup=steps // 10, clip=None, seed=seed
-            )
+            train(module, rows, steps, batch_size=BATCH, loss=loss, lr=lr, warmup=steps // 10, clip=None, seed=seed)
             with torch.no_grad():
                 final = float(next_token_loss(module, text))
         except TrainingError:

@@ -126,7 +126,9 @@ class CollapsePlateau(Detector):
 
     def __init__(self, window: int = 6, fall: float = 0.02, cosine: float = 0.9, repetition: float = 0.3):
         if window < 4 or not 0 < fall < 1 or not 0 < cosine < 1 or not 0 < repetition < 1:
-            raise MeasureError(f"window={window}, fall={fall}, cosine={cosine}, repetition={repetition}: want 4, shares")
+            raise MeasureError(
+                f"window={window}, fall={fall}, cosine={cosine}, repetition={repetition}: want 4, shares"
+            )
         self.window, self.fall, self.cosine, self.repetition = window, fall, cosine, repetition
         self._losses = Track(4096)  # the losses of each step, thinned to those since the first sample of the window
         self._samples = Track(window)
@@ -152,9 +154,7 @@ class CollapsePlateau(Detector):
         self._samples.add(step, 0.0)
         if min(len(self._samples), len(self._repeats)) < self.window:
             return None
-        alike = {
-            site: min(track.values) for site, track in self._cosines.items() if len(track) == self.window
-        }
+        alike = {site: min(track.values) for site, track in self._cosines.items() if len(track) == self.window}
         sites = in_forward_order([site for site, value in alike.items() if value >= self.cosine])
         repeats, data = min(self._repeats.values), max(self._data.values, default=0.0)
         if not sites or repeats < max(self.repetition, 3 * data):

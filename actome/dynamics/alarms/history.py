@@ -11,7 +11,6 @@ from collections import deque
 
 import numpy as np
 
-
 _KEPT = 4096
 
 

@@ -52,7 +52,7 @@ class MemorisationOnset(Detector):
         self, share: float = 0.1, z: float = 4.0, hold: int = 3, first: int = 3, *, seen: str = "loss_seen",
         heldout: str = "loss_heldout",
     ):  # fmt: skip
-        if not 0 < share or z < 0 or hold < 1 or first < 1:
+        if not share > 0 or z < 0 or hold < 1 or first < 1:
             raise MeasureError(f"share={share}, z={z}, hold={hold}, first={first}: want above 0, 0, 1 and 1 or more")
         self.share, self.z, self.hold = share, z, hold
         self.seen, self.heldout = seen, heldout

@@ -51,9 +51,7 @@ class NonFinite(Detector):
                 if not one.value == 0:  # NaN counts
                     bad["activations"].append(one.site)
             elif not math.isfinite(one.value):
-                kind = (
-                    "gradients" if one.measure in _GRADIENTS else "weights" if one.measure in _WEIGHTS else "loss"
-                )
+                kind = "gradients" if one.measure in _GRADIENTS else "weights" if one.measure in _WEIGHTS else "loss"
                 bad[kind].append(one.site)
         if not any(bad.values()):
             # Without activations at this step one cannot tell that they are well again.
@@ -83,7 +81,11 @@ class NonFinite(Detector):
 
     def _place(self, bad: dict[str, list[str | None]], measured: list[str]) -> str | None:
         """The site to name; None where everything is broken after an update, so that no site tells anything."""
-        if self._first is not None and len(measured) > 1 and in_forward_order(measured, self.order)[0] in bad["activations"]:
+        if (
+            self._first is not None
+            and len(measured) > 1
+            and in_forward_order(measured, self.order)[0] in bad["activations"]
+        ):
             return None
         for kind in ("activations", "gradients", "weights"):
             sites = in_forward_order([site for site in bad[kind] if site is not None], self.order)

@@ -61,7 +61,7 @@ class CriticalSlowing(Detector):
             raise MeasureError(f"alpha={alpha}, surrogates={surrogates}: want alpha between 0 and 1, and 19 or more")
         # The shortest first: what it shows it shows soonest.
         self.windows, self.alpha, self.surrogates, self.seed = tuple(sorted(windows)), alpha, surrogates, seed
-        self._looks = {window: 0 for window in windows}
+        self._looks = dict.fromkeys(windows, 0)
         self._steps: list[int] = []
         self._values: list[float] = []
         self._seen = 0  # losses of this stretch
