@@ -88,7 +88,8 @@ def test_what_cleared_is_told_when_it_comes_back_and_what_was_not_judged_stands(
 def test_several_sites_at_one_step_are_one_alarm_of_the_most_severe_and_first():
     script = {0: [said(0, site="a"), said(0, "critical", "b"), said(0, "critical", "c")]}
     found = told(Alarms([Says(script | {1: script[0]})]), range(2))
-    assert [one.site for one in found[0]] == ["b"] and found[0][0].evidence["also"] == ["a", "c"]
+    assert [one.site for one in found[0]] == ["b"]
+    assert found[0][0].evidence["also"] == ["a", "c"]
     assert list(found) == [0]
 
 
@@ -109,7 +110,8 @@ def test_a_detector_that_fails_is_left_out_and_the_others_go_on():
             raise ZeroDivisionError("by design")
 
     found = told(Alarms([Fails({}), Says({1: [said(1)]})]), range(3))
-    assert [one.name for one in found[0]] == ["detector_failed"] and "by design" in found[0][0].message
+    assert [one.name for one in found[0]] == ["detector_failed"]
+    assert "by design" in found[0][0].message
     assert [one.name for one in found[1]] == ["says"]
     assert 2 not in found
 
@@ -155,7 +157,8 @@ def test_actions_are_chosen_by_name_level_and_star_and_one_that_raises_is_told()
     assert [(one.action, one.done) for one in acted] == [
         ("note", True), ("Stop", True), ("breaks", False), ("note", True),
     ]  # fmt: skip
-    assert acted[2].note == "OSError: no telephone" and calls == ["critical"] * 2
+    assert acted[2].note == "OSError: no telephone"
+    assert calls == ["critical"] * 2
     assert watch.reason.startswith("says at step 3")
     assert [one.action for one in alarms.act(said(3), watch)] == ["note", "note"]
 
@@ -181,7 +184,8 @@ def test_a_lowered_learning_rate_stays_lowered_whatever_a_schedule_sets():
     assert step() == pytest.approx(1.0)  # the schedule halves it from here on
     assert act(said(0), watch) == "learning rate from 0.5 to 0.05"
     assert [step(), step()] == pytest.approx([0.05, 0.03])  # 0.025 lies below the floor
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.125) and scale_of(optimizer) == pytest.approx(0.1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.125)
+    assert scale_of(optimizer) == pytest.approx(0.1)
     act(said(1), watch)
     assert scale_of(optimizer) == pytest.approx(0.01)
     for _ in range(3):
@@ -195,7 +199,8 @@ def test_bad_options_of_actions_and_detectors_say_what_is_wanted():
     watch = Watched()
     watch.optimizers = []
     acted = Alarms([Says({})], {"*": LowerLR()}).act(said(0), watch)
-    assert not acted[0].done and "give it the optimizer" in acted[0].note
+    assert not acted[0].done
+    assert "give it the optimizer" in acted[0].note
     for make, words in (
         (lambda: LossSpike(window=4), "window=4"), (lambda: LossDivergence(share=2.0), r"share=2\.0"),
         (lambda: SpikePrecursor(factor=1.0), r"factor=1\.0"), (lambda: DyingUnits(hold=0), "hold=0"),
@@ -213,9 +218,11 @@ def test_a_checkpoint_holds_weights_and_optimizers_and_nothing_half_written_is_l
     watch = Watched()
     note = SaveCheckpoint(tmp_path / "saved")(said(5), watch)
     path = tmp_path / "saved" / "step-7-says.pt"
-    assert note == f"saved {path}" and [one.name for one in path.parent.iterdir()] == [path.name]
+    assert note == f"saved {path}"
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
     held = torch.load(path, weights_only=True)
-    assert held["step"] == 7 and torch.equal(held["model"]["weight"], watch.module.weight)
+    assert held["step"] == 7
+    assert torch.equal(held["model"]["weight"], watch.module.weight)
     assert held["optimizers"][0]["param_groups"][0]["lr"] == 1.0
 
 
@@ -281,7 +288,8 @@ def test_growth_is_forecast_by_the_law_it_follows_and_told_again_when_it_is_past
 def test_growth_of_the_output_takes_either_sign_and_the_worst_measure():
     steps = np.arange(0, 600, 20)
     found = over(OutputLogitDivergence(), "log_z", -10 * np.exp(steps / 150), "logits", 20)
-    assert [one.level for one in found] == ["warning", "critical"] and found[-1].evidence["value"] > 256
+    assert [one.level for one in found] == ["warning", "critical"]
+    assert found[-1].evidence["value"] > 256
 
 
 def test_a_spike_is_told_and_an_odd_batch_is_not():
@@ -311,9 +319,11 @@ def test_a_loss_above_its_start_is_critical_and_one_that_lost_its_gain_a_warning
     falls = np.linspace(4, 2, 100)
     assert over(LossDivergence(), "loss", falls) == []
     back = over(LossDivergence(), "loss", [*falls, *np.full(30, 3.4)])
-    assert [one.level for one in back] == ["warning"] and 100 <= back[0].step <= 116
+    assert [one.level for one in back] == ["warning"]
+    assert 100 <= back[0].step <= 116
     beyond = over(LossDivergence(), "loss", [*falls, *np.full(30, 6.0)])
-    assert beyond[-1].level == "critical" and beyond[-1].step <= 116
+    assert beyond[-1].level == "critical"
+    assert beyond[-1].step <= 116
 
 
 def test_units_that_were_never_alive_or_come_back_do_not_die():
@@ -365,7 +375,9 @@ def test_a_plateau_is_told_where_tokens_are_alike_and_outputs_repeat():
     flat = 2.8 + 0.02 * rng.standard_normal(120)
     assert [(one.site, one.step) for one in run(flat)] == [("blocks.0.resid.post", 0)]
     assert run(flat - 0.005 * np.arange(120)) == []  # it falls
-    assert run(flat, cosine=0.6) == [] and run(flat, repeats=0.1) == [] and run(flat, data=0.4) == []
+    assert run(flat, cosine=0.6) == []
+    assert run(flat, repeats=0.1) == []
+    assert run(flat, data=0.4) == []
 
 
 def test_memorisation_needs_both_losses_and_is_critical_once_it_does_harm():
@@ -384,7 +396,8 @@ def test_memorisation_needs_both_losses_and_is_critical_once_it_does_harm():
     flat = run(np.full(12, 2.0), 2.0 - 0.15 * steps)
     assert [one.level for one in flat] == ["warning"]
     worse = run(2.0 + 0.1 * steps, 2.0 - 0.15 * steps)
-    assert worse[-1].level == "critical" and worse[-1].evidence["lowest_step"] == 0
+    assert worse[-1].level == "critical"
+    assert worse[-1].evidence["lowest_step"] == 0
     assert over(MemorisationOnset(), "loss_seen", together) == []
 
 
@@ -399,7 +412,8 @@ def test_all_looks_together_spend_alpha():
 def test_the_score_of_slowing_is_standard_normal_without_it():
     rng = np.random.default_rng(0)
     scores = slowing(rng.standard_normal((2000, 256)))
-    assert abs(scores.mean()) < 0.1 and 0.9 < scores.std() < 1.1
+    assert abs(scores.mean()) < 0.1
+    assert 0.9 < scores.std() < 1.1
 
 
 def slowed(points: int, seed: int) -> np.ndarray:
@@ -416,7 +430,8 @@ def test_slowing_down_is_told_before_the_end_and_a_jump_is_not_taken_for_it():
     found = [over(CriticalSlowing((256, 512)), "loss", slowed(1200, seed)) for seed in range(3)]
     assert sum(bool(one) for one in found) >= 2
     first = next(one[0] for one in found if one)
-    assert first.evidence["p"] <= first.evidence["allowed"] and first.evidence["variance_times"] > 1.5
+    assert first.evidence["p"] <= first.evidence["allowed"]
+    assert first.evidence["variance_times"] > 1.5
     noise = 3 + 0.02 * np.random.default_rng(0).standard_normal(1200)
     assert over(CriticalSlowing(), "loss", noise) == []
     assert over(CriticalSlowing(), "loss", noise - (np.arange(1200) > 700)) == []
@@ -495,10 +510,12 @@ def test_tracks_and_bests_rewind():
     for step, value in enumerate([5.0, 4.0, 3.0, 6.0]):
         track.add(step, value)
         best.add(step, value)
-    assert best.value == 3.0 and best.step == 2
+    assert best.value == 3.0
+    assert best.step == 2
     track.rewind(2)
     best.rewind(2)
-    assert list(track.values) == [5.0, 4.0] and best.value == 4.0
+    assert list(track.values) == [5.0, 4.0]
+    assert best.value == 4.0
 
 
 def test_sites_and_components_sort_in_forward_order():

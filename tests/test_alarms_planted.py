@@ -12,17 +12,21 @@ from actome.tasks.topic_bigram import TopicBigram
 
 def test_a_learning_rate_that_is_too_high_is_told_by_the_loss_and_by_where_it_breaks():
     run = watched(0, 60, lr=3.0)
-    assert run.of("loss_divergence")[0].level == "critical" and run.of("loss_divergence")[0].step <= 30
+    assert run.of("loss_divergence")[0].level == "critical"
+    assert run.of("loss_divergence")[0].step <= 30
     growth = run.of("attention_logit_growth")[0]
-    assert growth.level == "critical" and growth.site in ("blocks.0.attn.scores", "blocks.1.attn.scores")
+    assert growth.level == "critical"
+    assert growth.site in ("blocks.0.attn.scores", "blocks.1.attn.scores")
     assert growth.step <= 30
 
 
 def test_attention_logits_that_grow_are_forecast_before_they_pass():
     run = watched(0, 110, lr=0.2, every=5)
     found = run.of("attention_logit_growth")
-    assert found[0].level == "warning" and found[0].site == "blocks.0.attn.scores"
-    assert AttentionLogitGrowth.source in found[0].source and found[0].evidence["crossing"] > found[0].step
+    assert found[0].level == "warning"
+    assert found[0].site == "blocks.0.attn.scores"
+    assert AttentionLogitGrowth.source in found[0].source
+    assert found[0].evidence["crossing"] > found[0].step
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -65,7 +69,8 @@ def test_repeated_data_is_memorised_and_fresh_data_is_not(repeated):
     found = run.of(MemorisationOnset.name)
     assert bool(found) == repeated
     if repeated:  # the gap is beyond a tenth of the loss at step 20 or 30, and held three samples
-        assert 20 <= found[0].step <= 30 and found[0].evidence["gap"] > 0.5
+        assert 20 <= found[0].step <= 30
+        assert found[0].evidence["gap"] > 0.5
 
 
 def test_a_clean_training_is_left_alone():

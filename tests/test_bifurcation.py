@@ -15,7 +15,8 @@ from actome.tasks.bifurcation import KINDS, bifurcation
 @pytest.mark.parametrize("kind", KINDS)
 def test_traces_are_of_one_length_repeatable_and_end_before_their_jump(kind):
     found = bifurcation(kind, runs=6, points=120, seed=3)
-    assert found.traces.shape == (6, 120) and np.isfinite(found.traces).all()
+    assert found.traces.shape == (6, 120)
+    assert np.isfinite(found.traces).all()
     assert np.array_equal(found.traces, bifurcation(kind, runs=6, points=120, seed=3).traces)
     assert found.jumped.all() == (kind in ("fold", "noise", "step"))
     assert (found.traces > -0.5).all()
@@ -48,7 +49,8 @@ def test_the_weakening_pull_is_recovered_and_never_less_likely():
     rng = np.random.default_rng(1)
     x = Pull(1.0, 0.1, 0.0, 1.0, 0.0).simulate(1, 4000, rng)[0]
     constant, weakening = fit_pull(x)
-    assert weakening.first == pytest.approx(1.0, rel=0.25) and weakening.last == pytest.approx(0.1, rel=0.4)
+    assert weakening.first == pytest.approx(1.0, rel=0.25)
+    assert weakening.last == pytest.approx(0.1, rel=0.4)
     assert weakening.loglik > constant.loglik
     stronger = x[::-1]
     assert ou_deviance(stronger)[0] == 0.0  # a pull that grows is no loss of resilience

@@ -14,8 +14,8 @@ class LRSensitivity:
     """What a recipe loses by a learning rate that is not its best.
 
     Attributes:
-        value: mean over the grid of min(loss, loss at initialisation) - the lowest loss. 0 for a recipe that does not care;
-            the whole gain of training for one that works at a single point of a wide grid.
+        value: mean over the grid of min(loss, loss at initialisation) - the lowest loss. 0 for a recipe that does not
+            care; the whole gain of training for one that works at a single point of a wide grid.
         best_lr, best_loss: the lowest point.
         lrs, losses: the curve, as it came; NaN and infinite where training broke.
         clipped: the losses that were counted: at most that at initialisation.
@@ -34,7 +34,8 @@ class LRSensitivity:
 def lr_sensitivity(train_fn: Callable[[float], float], lrs: Sequence[float], *, initial: float) -> LRSensitivity:
     """Trains at each learning rate of a grid and says how much the loss depends on it.
 
-    Compare recipes on the same grid, evenly spaced in logarithms over about three decades, and several seeds. A training
+    Compare recipes on the same grid, evenly spaced in logarithms over about three decades, and several seeds. A
+    training
     that ends in NaN, or above where it began, counts as the loss at initialisation: otherwise one point that diverged
     would be all that the number tells.
 
@@ -44,7 +45,8 @@ def lr_sensitivity(train_fn: Callable[[float], float], lrs: Sequence[float], *, 
         initial: the loss before training.
 
     Raises:
-        MeasureError: for fewer than two learning rates, one of 0 or below, or a loss at initialisation that is no number.
+        MeasureError: for fewer than two learning rates, one of 0 or below, or a loss at initialisation that is no
+            number.
 
     Source: Small-scale proxies for large-scale Transformer training instabilities, section 2.2 (LR sensitivity).
 

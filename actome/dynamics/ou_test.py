@@ -50,8 +50,8 @@ class OUTest:
     Attributes:
         deviance: 2 (log likelihood with a weakening pull - with a constant one), 0 or more.
         p: share of traces simulated from the constant model with at least this deviance, the trace itself counted.
-        auc: chance that a trace simulated from the weakening model has a higher deviance than one from the constant one:
-            0.5 when traces of this length could not tell, whatever p says.
+        auc: chance that a trace simulated from the weakening model has a higher deviance than one from the constant
+            one: 0.5 when traces of this length could not tell, whatever p says.
         power: share of traces of the weakening model beyond the 95 % point of the constant one.
         constant, weakening: the fitted models.
         null, alternative: deviances of the simulated traces, (n_boot) each; their ROC is that of the test.
@@ -72,7 +72,8 @@ def ou_lr_test(x: Any, n_boot: int = 100, seed: int = 0) -> OUTest:
 
     dX = theta (mu - X) dt + sigma dW, against theta_t = theta_0 - m t with m of 0 or more. Both are fitted by maximum
     likelihood with the exact transitions of a pull that is constant between two samples. The deviance is compared with
-    its distribution under each fitted model, since the usual chi-squared law does not hold at the bound m = 0. The trace
+    its distribution under each fitted model, since the usual chi-squared law does not hold at the bound m = 0. The
+    trace
     has to end before the jump, and must have no trend of its own: take that off first.
 
     Args:

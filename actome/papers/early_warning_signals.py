@@ -52,7 +52,9 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
             kind: {"deviance": found.deviance, "p": found.p, "auc": found.auc, "power": found.power}
             for kind, found in one.items()
         },
-        "alarm_rate_by_surrogates": {kind: float(np.mean([f.alarm for f in found])) for kind, found in surrogate.items()},
+        "alarm_rate_by_surrogates": {
+            kind: float(np.mean([one.alarm for one in found])) for kind, found in surrogate.items()
+        },
     }  # fmt: skip
     noise = {name: auc["noise"][name] for name in ("variance", "ar1")}
     control = {

@@ -80,7 +80,9 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     figures = {
         "lrs": [float(f"{lr:.2g}") for lr in lrs],
         "loss": {n: [float(np.mean([one.loss for one in runs[n][lr]])) for lr in lrs] for n in recipes},
-        "largest_attention_logit": {n: [_middle([one.attention for one in runs[n][lr]]) for lr in lrs] for n in recipes},
+        "largest_attention_logit": {
+            n: [_middle([one.attention for one in runs[n][lr]]) for lr in lrs] for n in recipes
+        },
         "sensitivity": sensitivity, "sensitivity_ratio": ratio, "largest_logit_at_the_top": logits,
         "mean_abs_log_z": log_z, "over_size": forecast,
     }  # fmt: skip
@@ -172,8 +174,9 @@ ENTRY = Entry(
     kind="phenomenon",
     home="actome.dynamics.lr_sensitivity",
     claim="Over learning rates 0.001 to 1 two-layer models with normed queries and keys have at most 0.7 of the "
-    "sensitivity of plain ones, whose attention logits are 10 times as large or more at the top; a z-loss keeps |log Z| "
-    "3 times smaller; and the largest logit of a held-out width is within a factor of 3 of the forecast from smaller ones.",
+    "sensitivity of plain ones, whose attention logits are 10 times as large or more at the top; a z-loss keeps "
+    "|log Z| 3 times smaller; and the largest logit of a held-out width is within a factor of 3 of the forecast from "
+    "smaller ones.",
     test=test,
     takes={"smoke": "seconds", "small": "about a minute"},
     open="Longer warm-up, independent weight decay, muParam, the optimizer's epsilon against falling gradients.",

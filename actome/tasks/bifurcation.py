@@ -44,9 +44,9 @@ def bifurcation(kind: Kind = "fold", runs: int = 100, points: int = 500, seed: i
 
     Args:
         kind: ``"fold"``: dx = mu - x^2, mu falling from 1 past 0, and over it goes; slows down. ``"noise"``: the double
-            well dx = x - x^3 with enough noise to leave it, at no fixed time. ``"step"``: the system of ``"none"``, until
-            something outside pushes it over. ``"transcritical"``: dx = 2 (r x - x^2) with r falling from 1 to 0.2,
-            kept above 0; slows down, and nothing jumps. ``"none"``: dx = 1 - x^2, stationary.
+            well dx = x - x^3 with enough noise to leave it, at no fixed time. ``"step"``: the system of ``"none"``,
+            until something outside pushes it over. ``"transcritical"``: dx = 2 (r x - x^2) with r falling from 1 to
+            0.2, kept above 0; slows down, and nothing jumps. ``"none"``: dx = 1 - x^2, stationary.
         runs, points: how many traces, and samples in each.
         seed: of the noise.
 

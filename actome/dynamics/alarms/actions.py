@@ -111,8 +111,8 @@ class LowerLR:
 class SaveCheckpoint:
     """Saves the weights, and the state of the optimizers, as they are now.
 
-    One file ``step-STEP-ALARM.pt`` an alarm, for ``torch.load(..., weights_only=True)``: ``step``, ``alarm`` (its name),
-    ``model`` and ``optimizers`` (a list of states). It is moved into place once it is whole.
+    One file ``step-STEP-ALARM.pt`` an alarm, for ``torch.load(..., weights_only=True)``: ``step``, ``alarm`` (its
+    name), ``model`` and ``optimizers`` (a list of states). It is moved into place once it is whole.
 
     Args:
         folder: made if it is not there.

@@ -33,8 +33,8 @@ class Alarms:
     """The detectors of one run and what is done when they find something.
 
     An alarm is told once. It is told again when its level rises, when its degree has doubled, or when it comes back
-    after it cleared. What one detector finds at several sites at one step is one alarm, of the site where it began, with
-    the others in its evidence under ``"also"``.
+    after it cleared. What one detector finds at several sites at one step is one alarm, of the site where it began,
+    with the others in its evidence under ``"also"``.
 
     Args:
         detectors: by default `default_detectors`. One object watches one run.

@@ -21,11 +21,11 @@ class RankCollapse(Detector):
     """The effective rank of a site falls to a small part of what it was, and is low by itself.
 
     Both have to hold at `hold` samples in a row: the rank is below `fall` of the highest that two neighbouring samples
-    had so far, and below `share` of the site's width (or, where the width is not known, below `low` directions). Early in
-    training ranks fall and rise again in healthy runs, which stay above one or the other.
+    had so far, and below `share` of the site's width (or, where the width is not known, below `low` directions). Early
+    in training ranks fall and rise again in healthy runs, which stay above one or the other.
 
-    Where massive activations come up at the site (``massive_ratio`` above 100), a few coordinates take nearly all of the
-    variance, as they do in healthy language models: that is told as ``info``.
+    Where massive activations come up at the site (``massive_ratio`` above 100), a few coordinates take nearly all
+    of the variance, as they do in healthy language models: that is told as ``info``.
 
     Args:
         fall: of the highest rank so far.
@@ -97,7 +97,8 @@ class RankCollapse(Detector):
         owed = "; massive activations take the variance" if ratio > 100 else ""
         return Alarm(
             began, self.name,
-            f"the effective rank at {site} fell to {now:.3g}, from {most:.3g} at step {highest.step}{owed}", site, level,
+            f"the effective rank at {site} fell to {now:.3g}, from {most:.3g} at step {highest.step}{owed}", site,
+            level,
             "look whether all tokens have become alike there (TokenCollapse): lower the learning rate or the weight "
             "decay, and check the norms before this site", evidence,
             "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations by Their Rank",
@@ -107,10 +108,10 @@ class RankCollapse(Detector):
 class CollapsePlateau(Detector):
     """The loss stands still, while tokens look alike and outputs repeat: a plateau of the abrupt kind.
 
-    Three things hold at once over the last `window` samples: the loss did not fall (a line through it falls by less than
-    `fall` of its level over the window, and its slope is within the noise); the mean cosine between tokens is at least
-    `cosine` at some site; and outputs repeat (``repetition``) at `repetition` or more and three times as often as the
-    data do. Such a plateau often ends by itself in a jump, when attention has found its targets.
+    Three things hold at once over the last `window` samples: the loss did not fall (a line through it falls by less
+    than `fall` of its level over the window, and its slope is within the noise); the mean cosine between tokens is at
+    least `cosine` at some site; and outputs repeat (``repetition``) at `repetition` or more and three times as often as
+    the data do. Such a plateau often ends by itself in a jump, when attention has found its targets.
 
     Args:
         window: samples.

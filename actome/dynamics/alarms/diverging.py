@@ -15,10 +15,10 @@ from .spikes import total
 class LossDivergence(Detector):
     """The loss has lost what it had gained, or never gained anything and lies above where it began.
 
-    Three of four of the last `window` losses have to be above a level. Above the best median of so many losses by `share`
-    of what had been gained from the start, that is a ``warning``; above the start, ``critical``; in either case by a
-    `margin` as well. The start is the first loss, or the median of the first `first` where that is lower. Typical of a
-    learning rate that is too high, or of a spike that does not come back.
+    Three of four of the last `window` losses have to be above a level. Above the best median of so many losses by
+    `share` of what had been gained from the start, that is a ``warning``; above the start, ``critical``; in either case
+    by a `margin` as well. The start is the first loss, or the median of the first `first` where that is lower. Typical
+    of a learning rate that is too high, or of a spike that does not come back.
 
     Args:
         window: losses that a median is taken of.
@@ -30,7 +30,8 @@ class LossDivergence(Detector):
 
     >>> diverging = LossDivergence(window=8)
     >>> losses = [3.5] * 4 + [3.5 - 0.02 * step for step in range(50)] + [3.4] * 8
-    >>> told = [one for step, loss in enumerate(losses) for one in diverging.update(step, [Reading("loss", loss)]) or []]
+    >>> found = [diverging.update(step, [Reading("loss", loss)]) for step, loss in enumerate(losses)]
+    >>> told = [one for each in found for one in each or []]
     >>> told[0].level, told[0].step
     ('warning', 59)
     """
@@ -78,8 +79,8 @@ class LossDivergence(Detector):
             message = f"the loss went back up to {median:.4g}, from {best:.4g} at step {self._best.step}"
         return Alarm(
             step, self.name, message, level=level,  # type: ignore[arg-type]
-            advice="the learning rate is too high for this model, or its warm-up too short: lower it by 3 and go back to "
-            f"a checkpoint before step {self._best.step}",
+            advice="the learning rate is too high for this model, or its warm-up too short: lower it by 3 and go back "
+            f"to a checkpoint before step {self._best.step}",
             evidence={"loss": median, "best": best, "best_step": self._best.step, "start": start},
             source="Small-scale proxies for large-scale Transformer training instabilities",
         )  # fmt: skip

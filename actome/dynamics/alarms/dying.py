@@ -18,11 +18,11 @@ _NAMED = 32
 class DyingUnits(Detector):
     """Units that were alive at several samples and then dead at each of the last ones.
 
-    From the share of dead units (`DeadUnits`, value ``dead``), against the lowest share that held for `settled` samples;
-    where the peaks of single units were logged (value ``peak``), the units are named. In the first steps of a healthy
-    training with ReLU a tenth of a site's units may look dead and come back, and later a few die: that is told as
-    ``info``; from `warn` of a site's units on it is a ``warning``, from `critical` on ``critical``. Units that were never
-    alive are no news.
+    From the share of dead units (`DeadUnits`, value ``dead``), against the lowest share that held for `settled`
+    samples; where the peaks of single units were logged (value ``peak``), the units are named. In the first steps of a
+    healthy training with ReLU a tenth of a site's units may look dead and come back, and later a few die: that is told
+    as ``info``; from `warn` of a site's units on it is a ``warning``, from `critical` on ``critical``. Units that were
+    never alive are no news.
 
     Args:
         hold: samples in a row at which a unit has to be dead. A unit that opens rarely looks dead on a short probe.
@@ -51,8 +51,8 @@ class DyingUnits(Detector):
     ):
         if hold < 1 or settled < 1 or not 0 < warn <= critical <= 1 or threshold < 0:
             raise MeasureError(
-                f"hold={hold}, settled={settled}, warn={warn}, critical={critical}, threshold={threshold}: want 1 or more "
-                "samples, 0 < warn <= critical <= 1 and a threshold of 0 or more"
+                f"hold={hold}, settled={settled}, warn={warn}, critical={critical}, threshold={threshold}: want 1 or "
+                "more samples, 0 < warn <= critical <= 1 and a threshold of 0 or more"
             )
         self.hold, self.settled, self.warn, self.critical, self.threshold = hold, settled, warn, critical, threshold
         self._shares: dict[str, Track] = {}
@@ -74,10 +74,7 @@ class DyingUnits(Detector):
             return None
         found = []
         for site in in_forward_order([*peaks, *shares]):
-            if site in peaks:
-                alarm = self._units(step, site, peaks[site])
-            else:
-                alarm = self._share(step, site, shares[site])
+            alarm = self._units(step, site, peaks[site]) if site in peaks else self._share(step, site, shares[site])
             if alarm is not None:
                 found.append(alarm)
         return found
@@ -130,7 +127,8 @@ class DyingUnits(Detector):
             what = f"{share:.2%} of the units at {site} died"
         return Alarm(
             step, self.name, f"{what}, seen dead from step {step} on", site, level,
-            "lower the learning rate or lengthen the warm-up; look for biases that were driven far below zero, and for a "
-            "loss spike before; dead units do not come back by themselves: set them up anew or use a smoother activation",
+            "lower the learning rate or lengthen the warm-up; look for biases that were driven far below zero, and for "
+            "a loss spike before; dead units do not come back by themselves: set them up anew or use a smoother "
+            "activation",
             evidence, "Neurons in Large Language Models: Dead, N-gram, Positional", degree=share,
         )  # fmt: skip

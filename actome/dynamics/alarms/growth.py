@@ -60,8 +60,8 @@ class Growth(Detector):
                 raise MeasureError(f"{measure}: critical={critical:g} and floor={floor:g}; want 0 < floor <= critical")
         if not 4 <= least <= window or not horizon >= 0 or not 0 < level < 1:
             raise MeasureError(
-                f"window={window}, least={least}, horizon={horizon}, level={level}: want 4 <= least <= window, a horizon "
-                "of 0 or more and a level between 0 and 1"
+                f"window={window}, least={least}, horizon={horizon}, level={level}: want 4 <= least <= window, a "
+                "horizon of 0 or more and a level between 0 and 1"
             )
         self.limits = {measure: Limit(*pair) for measure, pair in limits.items()}
         self.window, self.least, self.horizon, self.level = window, least, horizon, level
@@ -186,7 +186,8 @@ class OutputLogitDivergence(Growth):
 class ActivationGrowth(Growth):
     """Activations grow towards the largest number of their type; for trainings in float16, whose largest is 65504.
 
-    Not among the defaults: bfloat16 and float32 have no such limit, and massive activations are large in healthy models.
+    Not among the defaults: bfloat16 and float32 have no such limit, and massive activations are large in healthy
+    models.
     """
 
     name: ClassVar[str] = "activation_growth"

@@ -15,13 +15,13 @@ from .history import Best, Track
 class MemorisationOnset(Detector):
     """The loss on rows that were trained on falls away from the loss on rows like them that were not.
 
-    It needs two readings: ``loss_seen``, on fixed rows that are in the training data, and ``loss_heldout``, on rows from
-    the same source that are not. Nothing else can tell memorising from learning: a training loss that falls is what
-    both look like. Log them under these names, or give a watch both texts.
+    It needs two readings: ``loss_seen``, on fixed rows that are in the training data, and ``loss_heldout``, on rows
+    from the same source that are not. Nothing else can tell memorising from learning: a training loss that falls is
+    what both look like. Log them under these names, or give a watch both texts.
 
     The gap, held-out minus seen, is compared with what it was at the first samples, so that a difference in difficulty
-    between the two sets of rows does not count. A ``warning`` when it has widened by `share` of the held-out loss and by
-    `z` times its own scatter at `hold` samples in a row; ``critical`` when besides the held-out loss has risen by
+    between the two sets of rows does not count. A ``warning`` when it has widened by `share` of the held-out loss and
+    by `z` times its own scatter at `hold` samples in a row; ``critical`` when besides the held-out loss has risen by
     `share` above its lowest, which is the point from which on training does harm.
 
     Args:

@@ -48,7 +48,7 @@ class NonFinite(Detector):
             if one.measure == "loss_scale":
                 self._scaled = step if self._scaled is None else self._scaled
             elif one.measure in _ACTIVATIONS:
-                if not one.value == 0:  # NaN counts
+                if one.value != 0:  # NaN counts
                     bad["activations"].append(one.site)
             elif not math.isfinite(one.value):
                 kind = "gradients" if one.measure in _GRADIENTS else "weights" if one.measure in _WEIGHTS else "loss"
@@ -120,8 +120,8 @@ _ADVICE = {
     "division by zero, an exponential or a square that overflows) and, in float16, at its largest activation",
     "gradients": "stop before the next update; look for a square root or logarithm at zero in this component's "
     "backward, clip the gradient, and under a loss scale lower it",
-    "weights": "stop and go back to the last checkpoint before this step; the update itself was not finite: look at the "
-    "optimizer's epsilon and its state",
+    "weights": "stop and go back to the last checkpoint before this step; the update itself was not finite: look at "
+    "the optimizer's epsilon and its state",
     "loss": "stop and go back to the last checkpoint before this step; measure the activations at this step to find "
     "where it began",
 }

@@ -23,20 +23,21 @@ _JUMP = 10.0  # robust standard deviations of its steps by which a loss may move
 class CriticalSlowing(Detector):
     """Autocorrelation and variance of the loss rise within a window, against AR(1) noise, at any of several windows.
 
-    At each look the trend is taken off the last W losses (Gaussian kernel, bandwidth W / 10), and what is left is fitted
-    by x_t = (a + b u_t) x_{t-1} + e_t with u from -1 to 1 over the window. Without slowing down b / (its error) is
-    about standard normal. Where it stands out, the same is computed for AR(1) surrogates of the same autocorrelation,
-    detrended alike, and p is that of the distance from their mean in their standard deviations. The variance has to rise
-    as well: `EarlyWarning`, with its overlapping windows, against surrogates at the 5 % level.
+    At each look the trend is taken off the last W losses (Gaussian kernel, bandwidth W / 10), and what is left is
+    fitted by x_t = (a + b u_t) x_{t-1} + e_t with u from -1 to 1 over the window. Without slowing down b / (its error)
+    is about standard normal. Where it stands out, the same is computed for AR(1) surrogates of the same
+    autocorrelation, detrended alike, and p is that of the distance from their mean in their standard deviations. The
+    variance has to rise as well: `EarlyWarning`, with its overlapping windows, against surrogates at the 5 % level.
 
     Repeated looks are paid for: there is a look at a window each W / 4 steps, and look k at one of m windows may spend
     alpha / (m zeta(1.1) k^1.1). All shares together add up to alpha, so that by Boole's inequality a run of any length
     raises a false alarm with probability alpha at most, however much its windows overlap, as far as its noise is
     AR(1).
 
-    A jump of the loss, a loss that is not finite or a change of cadence begins a new stretch: a window that reaches over
-    a jump finds what it looks for. An alarm says that the loss reacts to its own noise like a system near a tipping
-    point. Jumps without slowing down, from a bad batch say, are not announced, and slowing down may come to nothing.
+    A jump of the loss, a loss that is not finite or a change of cadence begins a new stretch: a window that reaches
+    over a jump finds what it looks for. An alarm says that the loss reacts to its own noise like a system near a
+    tipping point. Jumps without slowing down, from a bad batch say, are not announced, and slowing down may come to
+    nothing.
 
     Args:
         windows: losses in a window, each a multiple of 4.

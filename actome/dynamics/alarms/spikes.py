@@ -68,9 +68,9 @@ class _Burst:
 class LossSpike(Detector):
     """The loss leaps above its running median and stays there for some steps.
 
-    A step is above when it exceeds the median of the 16 losses before by `z` robust standard deviations of the noise (by
-    how much neighbouring losses differ, the median of the last `window`) and by a share `rise`. One step alone may be an
-    odd batch.
+    A step is above when it exceeds the median of the 16 losses before by `z` robust standard deviations of the noise
+    (by how much neighbouring losses differ, the median of the last `window`) and by a share `rise`. One step alone may
+    be an odd batch.
 
     Args:
         window: losses that tell the noise; half of them have to be there.
@@ -128,9 +128,9 @@ class LossSpike(Detector):
 class SpikePrecursor(Detector):
     """The gradient or the update of the whole model is a multiple of what it was, while the loss may still look well.
 
-    Looked at in logarithms, as `LossSpike` looks at the loss: `z` robust standard deviations and a factor `factor` above
-    the median, `hold` steps in a row. The place is the component whose own norm has grown most against its median of
-    the samples so far; it is known once components were sampled eight times.
+    Looked at in logarithms, as `LossSpike` looks at the loss: `z` robust standard deviations and a factor `factor`
+    above the median, `hold` steps in a row. The place is the component whose own norm has grown most against its median
+    of the samples so far; it is known once components were sampled eight times.
 
     Args:
         window, z, hold: as for `LossSpike`.
@@ -191,7 +191,8 @@ class SpikePrecursor(Detector):
             evidence["times"] = grown[site]
         return Alarm(
             step, self.name, f"{name} is {value:.4g}, {value / usual:.3g} times what it was{where}", site, "warning",
-            "clip the gradient, or skip the batch if it is odd; when the loss follows, lower the learning rate or beta2",
+            "clip the gradient, or skip the batch if it is odd; when the loss follows, lower the learning rate or "
+            "beta2",
             evidence, _SPIKES,
         )  # fmt: skip
 
