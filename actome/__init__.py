@@ -46,15 +46,17 @@ _HOMES = {
     "actome.clamps": ("Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Scale", "Set", "TopK"),
     "actome.tasks.demo": ("demo",),
     "actome.dynamics.watching": ("Watch", "watch"),
+    "actome.dynamics.tracing": ("trace",),
+    "actome.dynamics.trace_table": ("Trace",),
     "actome.report.scan": ("Scan", "scan"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_PACKAGES = ("clamps", "core", "dynamics", "measures", "papers", "report", "steer", "tasks")
+_PACKAGES = ("clamps", "core", "dynamics", "measures", "papers", "report", "steer", "tasks", "tune")
 
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
-    from actome import clamps, core, dynamics, measures, papers, report, steer, tasks
+    from actome import clamps, core, dynamics, measures, papers, report, steer, tasks, tune
     from actome.clamps import Ablate, Add, Clip, Mask, Patch, Project, Scale, Set, TopK
     from actome.core.clamp import Clamp, When
     from actome.core.errors import (
@@ -74,6 +76,8 @@ if TYPE_CHECKING:
     from actome.core.recording import Recording
     from actome.core.sites import Site
     from actome.core.text import Text
+    from actome.dynamics.trace_table import Trace
+    from actome.dynamics.tracing import trace
     from actome.dynamics.watching import Watch, watch
     from actome.report.scan import Scan, scan
     from actome.tasks.demo import demo

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from actome.dynamics import RunStore, RunWriter
+from actome.dynamics import RunDigest, RunStore, RunWriter
 
 from .row import Options, Row
 from .timing import Figure
@@ -97,7 +97,11 @@ def _reading(count: int, rounds: int) -> Iterator[Row]:
             for step in range(count // 10):
                 run.log(step, {f"measure{i}": 0.1 * i for i in range(10)})
         store = RunStore.open(folder)
-        looks = {"read all as a table": store.frame, "read one measure of ten": lambda: store.scalars("measure3")}
+        looks = {
+            "read all as a table": store.frame,
+            "read one measure of ten": lambda: store.scalars("measure3"),
+            "read all as a digest": lambda: RunDigest(store).refresh(),
+        }
         for name, look in looks.items():
             seconds = []
             for _ in range(rounds):
@@ -105,6 +109,23 @@ def _reading(count: int, rounds: int) -> Iterator[Row]:
                 look()
                 seconds.append((time.perf_counter() - start) * 1_000_000 / count)
             yield Row(name, "s", Figure(tuple(seconds)), note="of a million rows")
+        yield _news(folder, count, rounds)
+
+
+def _news(folder: Path, count: int, rounds: int) -> Row:
+    """What a live view pays for what is new, in a run of a million rows."""
+    milliseconds = []
+    with RunStore.resume(folder, seconds=60.0) as run:
+        digest = RunDigest(RunStore.open(folder))
+        digest.refresh()
+        for i in range(10 * rounds):
+            for step in range(100):
+                run.log(count + 100 * i + step, {f"measure{i}": 0.1 * i for i in range(10)})
+            run.commit()
+            start = time.perf_counter()
+            digest.refresh()
+            milliseconds.append(1e3 * (time.perf_counter() - start))
+    return Row("a digest reads 1,000 new rows", "ms", Figure(tuple(milliseconds)), note="after a million")
 
 
 @contextlib.contextmanager

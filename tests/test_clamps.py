@@ -221,6 +221,16 @@ def test_a_condition_must_come_first(model):
         model.clamp(ac.Add("blocks.0.resid.post", vector, when=late))
 
 
+def test_padding_has_no_part_in_a_mean(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1:, 4:] = 0
+    padded = {"input_ids": ids, "attention_mask": mask}
+    real = model.record(padded, SITE)[SITE][mask.bool()]
+    with model.clamp(ac.Ablate(SITE, "mean")):
+        ablated = model.record(padded, SITE)[SITE][mask.bool()]
+    torch.testing.assert_close(ablated, real.mean(0).expand_as(ablated))
+
+
 def test_padding_does_not_count_as_positions(model, ids):
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4])
     padded = {"input_ids": ids, "attention_mask": mask}

@@ -1,10 +1,32 @@
-"""What can be done to a tensor on its way through a model."""
+"""What can be done to a tensor on its way through a model, and `clamp_during` a training."""
 
 from .ablate import Ablate
+from .attend import AttendTo
 from .bound import Clip, TopK
+from .during import ClampSchedule, clamp_during
 from .edit import Add, Mask, Scale, Set
+from .heads import pattern_preserving_ablation
 from .patch import Patch
+from .quantise import Quantise, round_to
 from .saved import load_clamps, save_clamps
 from .subspace import Project
 
-__all__ = ["Ablate", "Add", "Clip", "Mask", "Patch", "Project", "Scale", "Set", "TopK", "load_clamps", "save_clamps"]
+__all__ = [
+    "Ablate",
+    "Add",
+    "AttendTo",
+    "ClampSchedule",
+    "Clip",
+    "Mask",
+    "Patch",
+    "Project",
+    "Quantise",
+    "Scale",
+    "Set",
+    "TopK",
+    "clamp_during",
+    "load_clamps",
+    "pattern_preserving_ablation",
+    "round_to",
+    "save_clamps",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Ablate(Clamp):
     "Causal scrubbing".
     """
 
+    needs_run: ClassVar[bool] = True  # the mean is over real tokens
     how: Literal["zero", "mean", "resample"] = "zero"
     source: Any = None
     seed: int = 0

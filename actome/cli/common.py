@@ -45,7 +45,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def add_text_options(parser: argparse.ArgumentParser) -> None:
+def add_text_options(parser: argparse.ArgumentParser, tokens: int = DEFAULT_TOKENS) -> None:
     group = parser.add_argument_group("text")
     group.add_argument(
         "--text", metavar="FILE_OR_DIR", help="default: manual and source text that ships with Python, held out"
@@ -53,9 +53,9 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokens",
         type=lambda word: None if word == "all" else positive(word),
-        default=DEFAULT_TOKENS,
+        default=tokens,
         metavar="N",
-        help=f"read this many tokens at most, or all; default {DEFAULT_TOKENS}",
+        help=f"read this many tokens at most, or all; default {tokens}",
     )
     group.add_argument("--batch-size", type=positive, default=8, metavar="N", help="rows in a batch; default 8")
     group.add_argument(

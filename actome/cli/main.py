@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from actome import __version__
-from actome.cli import papers, record, scan, serve, sites, steer
+from actome.cli import papers, record, scan, serve, sites, steer, trace, watch
 from actome.cli.common import UsageError
 from actome.core.errors import ActomeError
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"actome {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (scan, sites, record, steer, serve, papers):
+    for command in (scan, sites, record, watch, trace, steer, serve, papers):
         command.add_parser(commands)
     return top
 

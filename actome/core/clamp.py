@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -75,8 +75,12 @@ class Clamp:
         phase: ``"prompt"`` or ``"generated"``.
         steps: 0 is the forward that reads the prompt, k the one that reads the k-th generated token.
         when: a condition on another site, see `When`.
+
+    A subclass whose `transform` looks at ``place.run`` (its mask, its step) says so with ``needs_run = True``;
+    otherwise what it finds there may be of an earlier forward.
     """
 
+    needs_run: ClassVar[bool] = False
     site: str
     _: KW_ONLY
     positions: Any = None

@@ -127,8 +127,8 @@ class ActiveClamp:
         if clamp.positions is not None and self.time_axis is None:
             raise ClampError(f"{site.name} has no positions (its dims are {', '.join(dims)}); leave out positions=")
         self.gated = any(g is not None for g in (clamp.positions, clamp.rows, clamp.when))
-        self.needs_run = any(g is not None for g in (clamp.positions, clamp.phase, clamp.steps))
-        self.needs_run |= bool(clamp.reads)
+        self.needs_run = clamp.needs_run or bool(clamp.reads)
+        self.needs_run |= any(g is not None for g in (clamp.positions, clamp.phase, clamp.steps))
         self.needs_run |= clamp.when is not None and any(part.needs_run for part in (clamp.when, *clamp.when.parts))
 
     def __call__(self, x: Tensor) -> Tensor | None:

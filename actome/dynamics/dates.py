@@ -63,7 +63,7 @@ def first_passage(
     if hold < 1:
         raise MeasureError(f"hold={hold}; at least one point has to be beyond the level")
     dates = np.array([_passage(curve.x, run, threshold, share, rising, hold, interpolate) for run in curve.runs])
-    low, high = _median_interval(dates, level, resamples, seed)
+    low, high = median_interval(dates, level, resamples, seed)
     last = float(curve.x[-1])
     return Passage(_median(dates), low, high, tuple(dates.tolist()), float(np.isinf(dates).mean()), last)
 
@@ -142,7 +142,7 @@ def lead_time(
 
     ahead, behind = int((known > 0).sum()), int((known < 0).sum())
     p = float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0
-    low, high = _median_interval(known, level, resamples, seed)
+    low, high = median_interval(known, level, resamples, seed)
     wins = float((known > 0).mean() + 0.5 * (known == 0).mean())
     return Lead(_median(known), low, high, wins, p, int(np.isnan(leads).sum()), tuple(leads.tolist()))
 
@@ -243,7 +243,7 @@ def _median(dates: Array) -> float:
     return float(a) if a == b else float((a + b) / 2)
 
 
-def _median_interval(dates: Array, level: float, resamples: int, seed: int) -> tuple[float, float]:
+def median_interval(dates: Array, level: float, resamples: int, seed: int) -> tuple[float, float]:
     if len(dates) < 2 or not resamples:
         return math.nan, math.nan
     rng = np.random.default_rng(seed)

@@ -25,7 +25,8 @@ _APPLICATION = 0x4163746D  # "Actm", by which `file` and SQLite tell whose datab
 
 # What is said often (which measure at which site, layer, head, unit and expert) is said once, in `series`; a number is
 # then a row of `points` of about 20 bytes. SQLite has no NaN: it keeps one as NULL, and nothing else is NULL there.
-# There is no index on `points`: it would halve the speed of writing, and a scan of a million rows takes a second.
+# There is no index on `points`: it would halve the speed of writing, and reading a million rows takes 0.7 s. What is
+# new has the highest ids, and is found at once.
 TABLES = {
     "runs": "run INTEGER PRIMARY KEY, uid TEXT NOT NULL UNIQUE, name TEXT NOT NULL UNIQUE, merged_from TEXT",
     "facts": "run INTEGER NOT NULL, about TEXT NOT NULL, key TEXT NOT NULL, type TEXT NOT NULL, value",

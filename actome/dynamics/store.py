@@ -7,7 +7,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,12 +21,14 @@ from .shards import read_tensor
 from .sinks import Sink, tag
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from torch import Tensor
 
     from .writer import RunWriter
 
 _SILENT = 120.0  # seconds without a sign of life after which a writer on another machine counts as killed
+_POINT = [("id", "i8"), ("series", "i8"), ("step", "i8"), ("value", "f8")]
 _LISTED = 10_000  # series that a query names one by one; for more, everything is read and sifted here
 
 # A row that was logged before its run went back to an earlier step, and at a step that came again (or should have).
@@ -304,10 +306,10 @@ class RunStore:
                 series = self._series(db)
                 steps: dict[int, dict[str, float]] = {}
                 chosen = [i for i in series if series[i][5] is None]
-                frame = self._points(db, series, chosen, self._kept(db))
+                points = self._points(db, series, chosen, self._kept(db))
             tags = {i: tag(*series[i][1:]) for i in chosen}
-            for i, step, value in zip(*frame, strict=True):
-                steps.setdefault(step, {})[tags[i]] = float("nan") if value is None else value
+            for _, i, step, value in points.tolist():
+                steps.setdefault(step, {})[tags[i]] = value
             for step in sorted(steps):
                 sink.log(step, steps[step])
             for alarm in self.alarms.to_dict("records"):
@@ -443,20 +445,22 @@ class RunStore:
 
     @staticmethod
     def _points(
-        db: sqlite3.Connection, series: dict[int, Any], chosen: Sequence[int], where: list[str]
-    ) -> Sequence[Sequence[Any]]:
-        """Series, steps and values of rows, three columns."""
+        db: sqlite3.Connection, series: dict[int, Any], chosen: Sequence[int], where: list[str], most: int = -1
+    ) -> np.ndarray:
+        """Rows with the fields id, series, step and value, in the order in which they came; at most so many."""
+        import numpy as np
+
         where = list(where)
         few = len(chosen) < len(series)
         if few and len(chosen) <= _LISTED:
             where.append(f"series IN ({','.join(map(str, chosen))})")
         condition = f" WHERE {' AND '.join(where)}" if where else ""
-        rows: Iterable[tuple[int, int, float | None]]
-        rows = db.execute(f"SELECT series, step, value FROM points{condition} ORDER BY id").fetchall()
+        # Straight into the array: lists of tuples take twice the time and ten times the memory.
+        query = f"SELECT id, series, step, coalesce(value, 'nan') FROM points{condition} ORDER BY id LIMIT {int(most)}"
+        rows = np.fromiter(db.execute(query), _POINT)
         if few and len(chosen) > _LISTED:
-            wanted = set(chosen)
-            rows = [row for row in rows if row[0] in wanted]
-        return tuple(zip(*rows, strict=True)) if rows else ((), (), ())
+            rows = rows[np.isin(rows["series"], np.fromiter(chosen, np.int64, len(chosen)))]
+        return rows
 
     def _rows(
         self, db: sqlite3.Connection, series: dict[int, tuple[Any, ...]], chosen: Sequence[int], where: list[str]
@@ -464,14 +468,15 @@ class RunStore:
         import numpy as np
         import pandas as pd
 
-        index, steps, values = self._points(db, series, chosen, where)
+        points = self._points(db, series, chosen, where)
         at = {i: n for n, i in enumerate(series)}
         every = pd.DataFrame(list(series.values()), columns=["run", "measure", "site", *PLACES])
         every = every.astype(dict.fromkeys(PLACES, "Int64"))
         used = every.iloc[[at[i] for i in chosen]]
-        frame = every.take(np.fromiter((at[i] for i in index), np.int64, len(index))).reset_index(drop=True)
-        frame["step"] = np.array(steps, dtype=np.int64)
-        frame["value"] = np.array(values, dtype=np.float64)  # None is NaN
+        rank = np.full(max(at, default=0) + 1, -1)
+        rank[list(at)] = list(at.values())
+        frame = every.take(rank[points["series"]]).reset_index(drop=True)
+        frame["step"], frame["value"] = points["step"], points["value"]
         places = [place for place in PLACES if used[place].notna().any()]
         several = ["run"] if db.execute("SELECT count(*) FROM runs").fetchone()[0] > 1 else []
         return frame[[*several, "step", "site", *places, "measure", "value"]]

@@ -1,5 +1,6 @@
 """What can be said of a stream of activations."""
 
+from .alignment import Alignment, align
 from .attention import AttentionEntropy, SinkScore
 from .cca import CCA, SVCCA
 from .cett import CETT, cett
@@ -25,7 +26,9 @@ from .heads import DormantHeads, dormant_heads, head_ablation_by_domain
 from .histogram import Histogram
 from .icl import bma, bma_gap, icl_regret, regret_slope, ridge_prediction
 from .induction import InductionScore
+from .induction_strength import InductionStrength
 from .invariance import Invariance, measure_invariance
+from .kernel_alignment import TangentKernelAlignment, kernel_alignment, label_kernel, representation_alignment
 from .kurtosis import Kurtosis
 from .layer_gradients import GradientSpectrum, layer_gradients
 from .linear_layers import as_dsf, attention_to_dsf, gated_rnn, random_features, selective_ssm, taylor_features
@@ -38,6 +41,7 @@ from .neighbours import MutualKNN
 from .neural_collapse import CentreAgreement, NeuralCollapse, layerwise_collapse, near_collapse_model
 from .panels import PANELS, Panel
 from .pathways import PathwayConsistency, PathwayDistance, expert_embeddings
+from .permutation import Axis, Group, permutation_groups, permuted
 from .posterior_collapse import PosteriorCollapse, linear_vae_forecast
 from .ppl_sparsity import Silenced, ppl_sparsity, silenced
 from .preference import ches
@@ -56,6 +60,7 @@ from .spectrum import EffectiveRank, Spectrum
 from .spikes import Spikes
 from .steps import PerceptualReward, StepSegmenter
 from .stiffness import Stiffness
+from .tangent_kernel import tangent_kernel
 from .token_collapse import AttentionProgress, RepetitionFrequency, TokenCollapse, repetition
 from .trajectory import LatentTrajectory, TrajectorySignals, trajectory_signals
 from .uncertainty import TokenUncertainty, token_uncertainty
@@ -73,9 +78,11 @@ __all__ = [
     "ActivationCode",
     "ActivationScale",
     "AdaptiveEdges",
+    "Alignment",
     "AttentionEntropy",
     "AttentionLogitMax",
     "AttentionProgress",
+    "Axis",
     "CentreAgreement",
     "Contribution",
     "DeadUnits",
@@ -94,9 +101,11 @@ __all__ = [
     "Finding",
     "GradientSign",
     "GradientSpectrum",
+    "Group",
     "Histogram",
     "HypersphericalEnergy",
     "InductionScore",
+    "InductionStrength",
     "Invariance",
     "Kurtosis",
     "LatentTrajectory",
@@ -127,6 +136,7 @@ __all__ = [
     "Spikes",
     "StepSegmenter",
     "Stiffness",
+    "TangentKernelAlignment",
     "Thresholds",
     "TokenCollapse",
     "TokenUncertainty",
@@ -134,6 +144,7 @@ __all__ = [
     "UnitFrequency",
     "ValueDrain",
     "Voids",
+    "align",
     "as_dsf",
     "attention_to_dsf",
     "bma",
@@ -159,6 +170,8 @@ __all__ = [
     "head_ablation_by_domain",
     "hyperspherical_energy",
     "icl_regret",
+    "kernel_alignment",
+    "label_kernel",
     "layer_criticality",
     "layer_gradients",
     "layerwise_collapse",
@@ -167,12 +180,15 @@ __all__ = [
     "measure_invariance",
     "near_collapse_model",
     "outlier_dimensions",
+    "permutation_groups",
+    "permuted",
     "ppl_sparsity",
     "random_features",
     "region_diameter",
     "regions_on_segment",
     "regret_slope",
     "repetition",
+    "representation_alignment",
     "ridge_prediction",
     "screen",
     "selective_ssm",
@@ -180,6 +196,7 @@ __all__ = [
     "silenced",
     "similarity",
     "spectral_alignment",
+    "tangent_kernel",
     "taylor_features",
     "token_uncertainty",
     "trajectory_signals",

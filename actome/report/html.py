@@ -1,20 +1,13 @@
 """The report as one HTML page that needs no network: findings first, then depth, heads, text and numbers.
 
-The page is a template with a style sheet and short scripts beside it. The drawing library comes from the wheel of
-vl-convert and is put into the page once for all figures. Whatever a model, a text or a path is called is escaped. The
-pages of single layers are made in the browser from the data that `actome.report.data` puts beside the figures.
+The pages of single layers are made in the browser from the data that `actome.report.data` puts beside the figures.
 """
 
 from __future__ import annotations
 
-import json
-from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 import pandas as pd
-from markupsafe import Markup
 
 from actome import __version__
 from actome.measures.findings import Finding
@@ -24,6 +17,7 @@ from actome.report.data import page_data
 from actome.report.distributions import templates
 from actome.report.figures import Figure, figures
 from actome.report.scan import Scan, read_line
+from actome.report.shell import whole
 from actome.report.words import GROUPS, cited, grouped, kind_of, layer_page, place_of, stack_of, word
 
 _SECTIONS = {
@@ -47,12 +41,12 @@ def page(scan: Scan, comparison: Comparison | None = None) -> str:
     drawn = figures(scan, comparison)
     specs = {**{figure.key: figure.spec for figure in drawn}, **{f"layer:{k}": v for k, v in templates().items()}}
     data = page_data(scan, comparison)
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        _asset("page.html")
-    )
-    needed = bool(drawn or data["layers"])
-    return template.render(
-        version=__version__,
+    return whole(
+        "page.html",
+        specs=specs,
+        data=data,
+        scripts=_SCRIPTS,
+        needed=bool(drawn or data["layers"]),
         model=scan.model,
         facts=_facts(scan.model),
         read=read_line(scan.text),
@@ -68,30 +62,7 @@ def page(scan: Scan, comparison: Comparison | None = None) -> str:
         tables=_tables(scan.frame),
         skipped=scan.skipped,
         made=_made(scan),
-        needed=needed,
-        specs=Markup(_in_script(json.dumps(specs, allow_nan=False))),
-        data=Markup(_in_script(json.dumps(data, allow_nan=False, separators=(",", ":")))),
-        style=Markup(_asset("page.css")),
-        scripts=Markup("\n".join(_asset(name) for name in _SCRIPTS)),
-        vega=Markup(_drawing_library() if needed else ""),
     )  # fmt: skip
-
-
-def _asset(name: str) -> str:
-    return files("actome.report").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-@lru_cache(maxsize=1)
-def _drawing_library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script that defines `vegaEmbed`."""
-    import vl_convert
-
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
-
-
-def _in_script(data: str) -> str:
-    # In a script element the text is not HTML: nothing in it may look like the end of the element.
-    return data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _facts(model: dict[str, Any]) -> list[str]:
@@ -259,6 +230,7 @@ def _tables(frame: pd.DataFrame) -> list[dict[str, Any]]:
                     {
                         "name": str(name),
                         "site": sites[name],
+                        "layer": name if index == "layer" else None,
                         "page": layer_page(stack_of(sites[name]), int(name)) if index == "layer" else "",
                         "cells": [w.show(value) for (_, w), value in zip(columns, values, strict=True)],
                     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -12,16 +12,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from actome.report.console import MARK, STYLE, printed
 from actome.report.scan import Scan, read_line
 from actome.report.words import evidence_of, grouped, kind_of, place_of, word
 
 if TYPE_CHECKING:
     from actome.report.compare import Comparison
 
-_STYLE = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
-_MARK = {"critical": "✖", "warning": "▲", "info": "●"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_PLAIN = str.maketrans({"✖": "x", "▲": "!", "●": "*", "·": "-", "–": "-", "−": "-", "→": "->", "×": "x", "∞": "inf"})
 _MOST_LAYERS = 40
 _MOST_CHANGES = 20
 
@@ -46,7 +44,7 @@ def print_scan(scan: Scan, console: Console | None = None) -> None:
     Args:
         console: where to; the terminal by default.
     """
-    _printed(lambda to: _print(scan, to), console or Console())
+    printed(lambda to: _print(scan, to), console or Console())
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
@@ -55,19 +53,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     Args:
         console: where to; the terminal by default.
     """
-    _printed(lambda to: _print_comparison(comparison, to), console or Console())
-
-
-def _printed(write: Callable[[Console], None], console: Console) -> None:
-    ascii_only = console.options.ascii_only
-    if console.is_terminal and not ascii_only:
-        write(console)
-        return
-    with console.capture() as caught:
-        write(console)
-    # Padding to the full width is of no use in a file, nor is a sign that its encoding does not have.
-    text = "\n".join(line.rstrip() for line in caught.get().split("\n"))
-    console.file.write(text.translate(_PLAIN).encode("ascii", "replace").decode() if ascii_only else text)
+    printed(lambda to: _print_comparison(comparison, to), console or Console())
 
 
 def _print(scan: Scan, console: Console) -> None:
@@ -91,7 +77,7 @@ def _print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(_indented(Text(note, style="yellow")))
     for title, mark, some in (("new", "+", comparison.gained), ("gone", "-", comparison.lost)):
         for finding in some:
-            line = Text.assemble((f"{mark} {title:<5}", "bold"), (f"{finding.severity:<9}", _STYLE[finding.severity]))
+            line = Text.assemble((f"{mark} {title:<5}", "bold"), (f"{finding.severity:<9}", STYLE[finding.severity]))
             line.append(f"{finding.id}  {finding.site}  ").append(place_of(finding.where), "dim")
             console.print(_indented(line))
     if not comparison.gained and not comparison.lost:
@@ -141,8 +127,8 @@ def _findings(scan: Scan) -> Group:
         return Group(Text("Nothing stands out.", style="green"), Text(""))
     lines: list[Text | Padding] = []
     for group in grouped(scan.findings):
-        first, style = group[0], _STYLE[group[0].severity]
-        lines.append(Text.assemble((f"{_MARK[first.severity]} {first.severity:<8} ", style), (first.id, "bold")))
+        first, style = group[0], STYLE[group[0].severity]
+        lines.append(Text.assemble((f"{MARK[first.severity]} {first.severity:<8} ", style), (first.id, "bold")))
         for finding in group:
             place = Text.assemble(finding.site, (f"  {place_of(finding.where)}", "dim"))
             lines += [_indented(place), _indented(Text(evidence_of(finding.evidence)), 4)]

@@ -36,6 +36,42 @@ class Labelled(NamedTuple):
     labels: Tensor
     copies: Tensor
 
+    def exemplars(self) -> Tensor:
+        """From each label to the exemplar before it, bool [2 N + 1, 2 N + 1]: what a previous-token head has to do.
+
+        >>> InContextClassification().sample(1, seed=0).exemplars().nonzero().tolist()
+        [[1, 0], [3, 2]]
+        """
+        length = 2 * self.copies.shape[1] + 1
+        label_N = torch.arange(1, length, 2)
+        pattern_QS = torch.zeros(length, length, dtype=torch.bool)
+        pattern_QS[label_N, label_N - 1] = True
+        return pattern_QS
+
+    def matches(self, temperature: float = 0.0) -> Tensor:
+        """From the query to the labels of its class, [B, 2 N + 1, 2 N + 1]: what an induction head has to do.
+
+        Args:
+            temperature: 0 for bools; above it the weights of a softmax over the labels of the cosine of their exemplar
+                and the query (1 or 0 for exemplars that are tokens), divided by it: a match that is not given the
+                answer but the likeness of exemplars.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} is negative; give 0 for the matches themselves")
+        B, N = self.copies.shape
+        if temperature == 0:
+            weight_BN = self.copies
+        else:
+            if self.items.shape[2]:
+                unit_BQD = torch.nn.functional.normalize(self.items, dim=-1)
+                alike_BN = (unit_BQD[:, :-1] * unit_BQD[:, -1:]).sum(-1)
+            else:
+                alike_BN = (self.classes[:, :-1] == self.classes[:, -1:]).float()
+            weight_BN = (alike_BN / temperature).softmax(-1)
+        pattern_BQS = torch.zeros(B, 2 * N + 1, 2 * N + 1, dtype=weight_BN.dtype)
+        pattern_BQS[:, -1, 1::2] = weight_BN
+        return pattern_BQS
+
 
 @dataclass(frozen=True)
 class InContextClassification:
@@ -109,6 +145,37 @@ class InContextClassification:
         generator = seeded(self.seed + 1)
         return torch.randn(self.classes, self.dim, generator=generator) / max(self.dim, 1) ** 0.5
 
+    def label_vectors(self) -> Tensor:
+        """What stands for each label among continuous inputs, [labels, D], drawn like the class means."""
+        return torch.randn(self.labels, self.dim, generator=seeded(self.seed + 2)) / max(self.dim, 1) ** 0.5
+
+    def inputs(self, prompts: Labelled, *, window: int = 0, seed: int = 0) -> Tensor:
+        """Prompts as continuous inputs, exemplars and label vectors in turn, [B, 2 N + 1, D + window].
+
+        Args:
+            prompts: of a world with a `dim`.
+            window: places of a one-hot position beside the content. A prompt begins at one drawn at random, so that no
+                place of its own says which pair is which. 0 leaves positions to the model.
+            seed: of where prompts begin.
+
+        >>> world = InContextClassification(dim=16, spread=0.1)
+        >>> world.inputs(world.sample(4, seed=1), window=8).shape
+        torch.Size([4, 5, 24])
+        """
+        if not self.dim:
+            raise ValueError("exemplars are tokens in a world with dim=0; give prompts.tokens to the model, or a dim")
+        length = 2 * self.pairs + 1
+        if window and window < length:
+            raise ValueError(f"window={window} has no room for a prompt of {length} tokens")
+        shown_BND = self.label_vectors()[prompts.labels[:, :-1]]
+        pairs_BTD = torch.stack((prompts.items[:, :-1], shown_BND), 2).flatten(1, 2)
+        inputs_BTD = torch.cat((pairs_BTD, prompts.items[:, -1:]), 1)
+        if not window:
+            return inputs_BTD
+        start_B1 = torch.randint(window - length + 1, (len(inputs_BTD), 1), generator=seeded(seed))
+        places_BTP = torch.nn.functional.one_hot(start_B1 + torch.arange(length), window)
+        return torch.cat((inputs_BTD, places_BTP.to(inputs_BTD.dtype)), 2)
+
     def sample(self, sequences: int, seed: int, *, novel: bool = False, redrawn: bool | None = None) -> Labelled:
         """Draws prompts, all at once.
 
@@ -161,6 +228,21 @@ class InContextClassification:
             classes_BQ = self.classes + torch.arange(sequences)[:, None] * self._kinds + order_BQ
         tokens_B2N = torch.stack((classes_BQ, self.classes + labels_BQ), 2).flatten(1)[:, :-1]
         return Labelled(tokens_B2N, items_BQD, classes_BQ, labels_BQ, order_BN == 0)
+
+    def copied(self, prompts: Labelled, pattern_BHQS: Tensor) -> Tensor:
+        """Logits of a perfect copier: for each label the attention that the query pays it, [B, labels].
+
+        Args:
+            prompts: whose labels are copied.
+            pattern_BHQS: attention (batch, head, query, key), summed over its heads; gradients flow through it.
+
+        Labels that the prompt does not show have the logit -inf.
+        """
+        shown_BN = prompts.labels[:, :-1].to(pattern_BHQS.device)
+        paid_BN = pattern_BHQS[:, :, -1, 1::2].sum(1)
+        logits_BL = paid_BN.new_zeros(len(shown_BN), self.labels).scatter_add(1, shown_BN, paid_BN)
+        seen_BL = torch.zeros_like(logits_BL, dtype=torch.bool).scatter(1, shown_BN, True)
+        return logits_BL.masked_fill(~seen_BL, -torch.inf)
 
     def answer(self, prompts: Labelled, redrawn: bool | None = None) -> Tensor:
         """Exact P(label of the query | prompt) for one who can tell the classes apart, [B, labels], float64.

@@ -78,7 +78,7 @@ def train(
     clip: float | None = 1.0,
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
     checkpoints: Literal["log"] | Iterable[int] | None = None,
-    on_step: Callable[[int, float, nn.Module], None] | None = None,
+    on_step: Callable[[int, float, nn.Module], Any] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Training:
@@ -99,7 +99,8 @@ def train(
         clip: largest norm of the gradient; ``None`` for no limit.
         optimizer: makes another optimizer of parameter groups; its learning rate is scaled by the schedule.
         checkpoints: ``"log"`` for `log_spaced` steps, or the steps to keep, 0 for the start; ``None`` keeps none.
-        on_step: called after each step with the steps done, the loss and the module.
+        on_step: called after each step with the steps done, the loss and the module; when it returns True the training
+            ends there.
         seed: of the order of rows and of whatever the module draws, such as dropout. The caller's random state stays.
         progress: show a bar.
 
@@ -168,11 +169,13 @@ def train(
             if step % 50 == 49 or step == steps - 1:
                 _finite(losses)
             adam.step()
-            if on_step is not None:
-                on_step(step + 1, float(losses[-1]), module)
+            enough = on_step is not None and on_step(step + 1, float(losses[-1]), module) is True
             if step + 1 in keep:
                 kept[step + 1] = _weights(module)
             advance()
+            if enough:
+                _finite(losses)
+                break
     module.eval()
     module.zero_grad(set_to_none=True)
     whole = torch.stack(losses).float().cpu() if losses else torch.zeros(0)

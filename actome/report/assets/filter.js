@@ -2,7 +2,7 @@
 (() => {
   const seek = document.getElementById("seek"), layers = document.getElementById("seek-layers");
   const toggles = [...document.querySelectorAll(".toggle")];
-  const hits = document.querySelector(".hits");
+  const hits = document.querySelector(".hits"), noun = document.querySelector(".filter").dataset.noun;
 
   // A word is found anywhere in what a thing is called; a star stands for anything but a dot.
   const matcher = (text) => {
@@ -66,7 +66,7 @@
       count.rows += visible;
     }
     const filtered = words.length || inLayers || loud.size < toggles.length;
-    hits.textContent = filtered ? `Shown: findings ${count.findings}, figures ${count.figures}, rows of numbers ${count.rows}` : "";
+    hits.textContent = filtered ? `Shown: ${noun} ${count.findings}, figures ${count.figures}, rows of numbers ${count.rows}` : "";
     actome.draw(document.getElementById("view-overview"));
   };
 

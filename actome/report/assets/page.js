@@ -38,8 +38,8 @@ const actome = (() => {
 
   const look = () => {
     const style = getComputedStyle(document.documentElement);
-    const [ink, soft, line, low, mid, high, font, card, ...hues] =
-      ["ink", "soft", "line", "low", "mid", "high", "sans", "card", "one", "two", "three", "four", "five"]
+    const [ink, soft, line, low, mid, high, font, card, critical, warning, info, ...hues] =
+      ["ink", "soft", "line", "low", "mid", "high", "sans", "card", "critical", "warning", "info", "one", "two", "three", "four", "five"]
         .map((name) => style.getPropertyValue(`--${name}`).trim());
     const words = { labelColor: soft, titleColor: soft, labelFont: font, titleFont: font, labelFontSize: 11, titleFontSize: 11, titleFontWeight: 400 };
     return {
@@ -51,7 +51,7 @@ const actome = (() => {
       range: { category: hues, heatmap: [low, mid, high], ramp: [low, mid, high] },
       rect: { stroke: line, strokeWidth: 0.5 },
       mark: { color: hues[0] },
-      style: { here: { color: hues[0] }, rest: { color: soft } },
+      style: { here: { color: hues[0] }, rest: { color: soft }, critical: { color: critical }, warning: { color: warning }, info: { color: info } },
     };
   };
 
@@ -68,6 +68,7 @@ const actome = (() => {
           config, mode: "vega-lite", renderer: "svg", actions: false, tooltip: { theme: "custom", disableDefaultStyle: false },
         });
         view.addEventListener("click", (event, item) => item && open(item.datum));
+        place.view = view; // for scripts that move something in it
         place.classList.add("drawn");
       }
       document.documentElement.dataset.drawn = document.querySelectorAll("[data-figure].drawn svg").length;
