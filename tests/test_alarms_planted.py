@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from watched import watched
+from watched import CONFIG, watched
 
-from actome.dynamics.alarms import AttentionLogitGrowth, DyingUnits, MemorisationOnset, NonFinite
+import actome as ac
+from actome.dynamics import RunStore
+from actome.dynamics.alarms import Alarms, AttentionLogitGrowth, DyingUnits, MemorisationOnset, NonFinite, Stop
+from actome.tasks import Subject, SubjectConfig, next_token_loss
 from actome.tasks.topic_bigram import TopicBigram
 
 
@@ -75,3 +78,26 @@ def test_repeated_data_is_memorised_and_fresh_data_is_not(repeated):
 
 def test_a_clean_training_is_left_alone():
     assert watched(3, 100).loud == []
+
+
+def test_a_watch_tells_the_same_and_stops_the_training(tmp_path):
+    """Through `ac.watch`: told while it runs, written to the run, and found again in it afterwards."""
+    world = TopicBigram(vocab=32, seed=0)
+    module = Subject.fresh(SubjectConfig(**CONFIG), seed=0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3.0)
+    probe = world.sample(8, 32, seed=1).tokens
+    with ac.watch(module, text=probe, run=tmp_path / "a", every=5, actions={"loss_divergence": Stop()}) as watch:
+        for step in range(60):
+            optimizer.zero_grad()
+            loss = next_token_loss(module, world.sample(16, 32, seed=2 + step).tokens)
+            loss.backward()
+            optimizer.step()
+            watch.step(loss)
+            if watch.should_stop:
+                break
+    assert watch.should_stop
+    assert watch.at <= 30
+    run = RunStore.open(tmp_path / "a")
+    assert {"loss_divergence", "attention_logit_growth"} <= set(run.alarms["name"])
+    assert run.alarms["site"].dropna().str.endswith("attn.scores").any()
+    assert [(one.step, one.name) for one in Alarms().replay(run)] == [(one.step, one.name) for one in watch.alarms]

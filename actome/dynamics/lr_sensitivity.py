@@ -35,8 +35,7 @@ def lr_sensitivity(train_fn: Callable[[float], float], lrs: Sequence[float], *, 
     """Trains at each learning rate of a grid and says how much the loss depends on it.
 
     Compare recipes on the same grid, evenly spaced in logarithms over about three decades, and several seeds. A
-    training
-    that ends in NaN, or above where it began, counts as the loss at initialisation: otherwise one point that diverged
+    training that ends in NaN, or above where it began, counts as the loss at initialisation: otherwise one point that diverged
     would be all that the number tells.
 
     Args:

@@ -73,8 +73,7 @@ def ou_lr_test(x: Any, n_boot: int = 100, seed: int = 0) -> OUTest:
     dX = theta (mu - X) dt + sigma dW, against theta_t = theta_0 - m t with m of 0 or more. Both are fitted by maximum
     likelihood with the exact transitions of a pull that is constant between two samples. The deviance is compared with
     its distribution under each fitted model, since the usual chi-squared law does not hold at the bound m = 0. The
-    trace
-    has to end before the jump, and must have no trend of its own: take that off first.
+    trace has to end before the jump, and must have no trend of its own: take that off first.
 
     Args:
         x: an evenly spaced trace, (points).

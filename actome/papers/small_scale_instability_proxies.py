@@ -45,7 +45,7 @@ class Trained(NamedTuple):
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    count, steps, lrs = (1, 20, (LRS[0], LRS[-1])) if scale == "smoke" else (3, 150, LRS)
+    count, steps, lrs = (1, 10, (LRS[0], LRS[-1])) if scale == "smoke" else (3, 150, LRS)
     recipes: dict[str, dict[str, Any]] = {"plain": {}, "qk_norm": {"qk_norm": True}}
     scores: dict[str, list[LRSensitivity]] = {name: [] for name in recipes}
     runs: dict[str, dict[float, list[Trained]]] = {}

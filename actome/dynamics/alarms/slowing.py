@@ -85,7 +85,7 @@ class CriticalSlowing(Detector):
         longest = self.windows[-1]
         if len(steps) >= 2 * longest:
             del steps[:-longest], values[:-longest]
-        due = [window for window in self.windows if self._seen >= window and not self._seen % (window // 4)]
+        due = [one for one in self.windows if len(steps) >= one and not self._seen % (one // 4)]
         if not due:
             return None
         # The first that holds; a list, so that every look is taken and paid for.
