@@ -31,6 +31,8 @@ from .lr_sensitivity import LRSensitivity, lr_sensitivity
 from .merge import merge
 from .mirage import MetricSwap, metric_swap
 from .ou_test import OUTest, ou_deviance, ou_lr_test
+from .quantisation import QuantisationProbe, weight_outliers
+from .recipes import Recipes, recipe_grid
 from .recover import Recovered, recover
 from .segments import Segments, segments
 from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
