@@ -1,11 +1,13 @@
 """Change over training and time.
 
 - `RunStore` (`store`): a training run on disk, readable while it is written; `RunWriter` (`writer`) writes it
+- `RunDigest` (`digest`): a run as bins of steps, read only once, for live views
 - `merge`, `recover`: several runs in one store; what can be saved of a damaged one
 - `TensorBoardSink`, `WandbSink`, `TrackioSink` (`sinks`): what is logged, forwarded to others
 - `fit_law`, and `compare_laws`, `control`, `extrapolate`: laws of a curve, and what would refute them
 - `change_point`, `segments`, `turning_points`, `plateaus`, `first_passage`, `lead_time`, `delay`: dates of a curve
 - `emergence_score`, `metric_swap`, `required_items`, `trend`, `wilson`, `EvalVariance`: what a curve of scores says
+- `recipe_grid`, `QuantisationProbe`, `weight_outliers`: what training recipes do to a model, and to its quantisation
 - `EarlyWarning`, `ou_lr_test`: whether a jump was announced
 - `forecast_crossing`: when a growing quantity crosses a critical value
 - `lr_sensitivity`: how much a recipe depends on its learning rate
@@ -23,6 +25,7 @@ from .changepoints import ChangePoint, change_point
 from .crossing import Crossing, forecast_crossing
 from .curves import Trend, emergence_score, required_items, trend, wilson
 from .dates import Delay, Lead, Passage, delay, first_passage, lead_time
+from .digest import RunDigest
 from .early_warning import EarlyWarning, Warnings
 from .law_checks import Bootstrap, Control, Extrapolation, LawComparison, compare_laws, control, extrapolate
 from .law_families import LAWS, Law
@@ -64,7 +67,10 @@ __all__ = [
     "OUTest",
     "Passage",
     "Plateau",
+    "QuantisationProbe",
+    "Recipes",
     "Recovered",
+    "RunDigest",
     "RunStore",
     "RunWriter",
     "Segments",
@@ -94,6 +100,7 @@ __all__ = [
     "ou_deviance",
     "ou_lr_test",
     "plateaus",
+    "recipe_grid",
     "recover",
     "required_items",
     "segments",
@@ -101,6 +108,7 @@ __all__ = [
     "trend",
     "turning_points",
     "watch",
+    "weight_outliers",
     "wilson",
 ]
 
