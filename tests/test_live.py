@@ -25,7 +25,8 @@ from actome.core.errors import RunError
 from actome.dynamics import RunDigest, RunStore, merge
 from actome.report.live import LiveView, print_run
 from actome.report.plots import braille, spark
-from actome.report.run_view import alarm_groups, chosen, panels
+from actome.report.run_page import run_page
+from actome.report.run_view import alarm_groups, chosen, lines, panels
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +217,21 @@ def test_layers_of_heads_and_of_many_layers(tmp_path):
     text = shown(digest, measures=["attention_logit_max"])
     assert "6 of 30 layers" in text
     assert {"L0", "L3", "L29"} <= {line.split(" ")[0] for line in text.splitlines()}
+
+
+def test_the_loss_of_the_training_is_not_that_of_the_probe(tmp_path):
+    """The probe is looked at before the first step, and is in the store first."""
+    with RunStore.create(tmp_path / "a") as run:
+        run.log(0, {"loss": 5.0}, site="logits")
+        for step in range(9):
+            run.log(step, {"loss": 3.0})
+    digest = read(tmp_path / "a")
+    assert [(one.label, digest.latest(one.series)) for one in lines(digest, ["loss"])] == [
+        ("Loss", 3.0),
+        ("Loss, logits", 5.0),
+    ]
+    assert re.search("^Loss  3", shown(digest), re.MULTILINE)
+    assert ">3</dd>" in run_page(tmp_path / "a").html
 
 
 def test_what_is_not_finite_is_told(tmp_path):

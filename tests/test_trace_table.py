@@ -181,6 +181,9 @@ def test_phases_of_planted_turns():
         assert phase.support > 0.8
     assert found.p <= 0.05
     assert found.r2 > 0.95 > found.control
+    # A rise before the collapse that is smaller than a turn is no phase.
+    nudged = rank + np.where(np.arange(len(steps)) == 2, 0.8, 0)
+    assert dyn.geometry_phases(steps, nudged).names[:2] == ["warm-up collapse", "entropy-seeking"]
     # A rank that levels off while alpha goes on rising compresses too; without alpha it cannot be told.
     level = np.interp(along, [0, 3, 6.5, along[-1]], [30, 10, 28, 28])
     alpha = np.interp(along, [0, 6.5, along[-1]], [1, 1, 2])

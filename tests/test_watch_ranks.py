@@ -62,7 +62,8 @@ def _rank(rank: int, ranks: int, where: str) -> None:
     torch.save(weights(module), f"{where}/{rank}.pt")
     Path(f"{where}/{rank}.json").write_text(json.dumps(losses), encoding="utf-8")
     # As the cadence has it, too, the processes come to the same steps; else they would wait for one another.
-    with ac.watch(wrapped, text=PROBE, run=f"{where}/auto", budget=0.9, steps=STEPS) as watch:
+    panel = {"blocks.*.resid.post": [ac.measures.ActivationScale()]}
+    with ac.watch(wrapped, panel, text=PROBE, run=f"{where}/auto", budget=0.9, steps=STEPS) as watch:
         _train(wrapped, watch, rank, ranks)
     dist.destroy_process_group()
 

@@ -186,6 +186,9 @@ def test_lightning_is_watched_step_by_step_and_trains_the_same(tmp_path, accumul
             self.losses.append(float(loss.detach()))
             return loss
 
+        def validation_step(self, batch, index):
+            self.log("val_loss", self.model(**batch).loss)
+
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -196,7 +199,7 @@ def test_lightning_is_watched_step_by_step_and_trains_the_same(tmp_path, accumul
             enable_model_summary=False, callbacks=callbacks, accumulate_grad_batches=accumulate,
         )  # fmt: skip
         torch.manual_seed(0)
-        made.fit(module, DataLoader(Rows(16), batch_size=4))
+        made.fit(module, DataLoader(Rows(16), batch_size=4), DataLoader(Rows(4), batch_size=4))
         return module
 
     plain = run([])
@@ -208,6 +211,7 @@ def test_lightning_is_watched_step_by_step_and_trains_the_same(tmp_path, accumul
     means = torch.tensor(watched.losses).view(steps, accumulate).mean(1).tolist()
     assert store.scalars("loss").to_dict() == pytest.approx(dict(enumerate(means, 1)), rel=1e-5)
     assert store.scalars("effective_rank", site="blocks.1.resid.post").index.tolist() == list(range(steps + 1))
+    assert store.scalars("val_loss").index.tolist() == [steps]
     # Plain gradient descent: an update is the gradient times the rate.
     ratio = store.scalars("update_norm") / store.scalars("grad_norm")
     assert ratio.tolist() == pytest.approx([0.1] * steps, rel=1e-4)

@@ -98,6 +98,27 @@ def test_a_probe_is_cast_as_the_training_is(tmp_path):
     assert values[None] != values[torch.bfloat16]
 
 
+def test_a_look_within_autocast_leaves_the_gradients_of_the_next_forward(tmp_path):
+    def run(watched: bool):
+        module = subject()
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        watch = ac.watch(module, text=PROBE, run=tmp_path / "a", every=1).begin() if watched else None
+        with torch.autocast("cpu", torch.bfloat16):  # one region around the whole loop, whose casts are kept
+            for step in range(3):
+                loss = loss_of(module, ids(step))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                torch.clear_autocast_cache()  # as leaving the region would, so that both loops see the new weights
+                if watch is not None:
+                    watch.step(loss)
+        if watch is not None:
+            watch.close()
+        return weights(module)
+
+    assert same(run(False), run(True))
+
+
 def test_a_network_in_bfloat16_is_watched(tmp_path):
     module = subject().to(torch.bfloat16)
     with ac.watch(module, text=PROBE, run=tmp_path / "a", every=2) as watch:

@@ -75,8 +75,8 @@ def round_to(x: Tensor, largest: Tensor, bits: int) -> Tensor:
     Computed in float32 and given back in the dtype of `x`; what lies beyond `largest` becomes the highest integer.
 
     >>> import torch
-    >>> round_to(torch.tensor([1.0, 0.4, -0.1]), torch.tensor(1.0), 2).tolist()
-    [1.0, 0.0, 0.0]
+    >>> round_to(torch.tensor([1.0, 0.4, -0.9]), torch.tensor(1.0), 2).tolist()
+    [1.0, 0.0, -1.0]
     """
     top = 2 ** (bits - 1) - 1
     step = largest.float() / top

@@ -295,10 +295,12 @@ def _match(model: Model, patterns: tuple[str, ...]) -> list[Site]:
     """The sites of the patterns, in every stack of the model when they name none."""
     found: dict[str, Site] = {}
     error: SiteError | None = None
+    # What a stack's pattern cannot select would cost as much as the nearest names that its error tells.
+    stacks = {f"{site.stack}." for site in model.table if site.stack}
     for pattern in patterns:
         variants = [pattern]
         if not pattern.startswith((*_PREFIXES, MODULE_PREFIX)):
-            variants += [prefix + pattern for prefix in _PREFIXES]
+            variants += [prefix + pattern for prefix in _PREFIXES if prefix in stacks]
         hits: list[Site] = []
         for variant in variants:
             try:

@@ -77,8 +77,9 @@ if TYPE_CHECKING:
     from .ou_test import OUTest, ou_deviance, ou_lr_test
     from .path_turns import PathTurn, path_turn
     from .priming_scores import Fact, keyword_log_probs, priming, priming_threshold, stepping_stone
+    from .quantisation import QuantisationProbe, weight_outliers
     from .rank_one import RankOneTensor
-    from .recipes import QuantisationProbe, Recipes, recipe_grid, weight_outliers
+    from .recipes import Recipes, recipe_grid
     from .rectified import RectifiedLaw
     from .regimes import Regime, lazy_rich_index, regime
     from .run_variance import Calibrated, RunSplit, RunVariance, vote_shares
@@ -245,12 +246,8 @@ _HOMES = {
         "stepping_stone",
     ),
     "rank_one": ("RankOneTensor",),
-    "recipes": (
-        "QuantisationProbe",
-        "Recipes",
-        "recipe_grid",
-        "weight_outliers",
-    ),
+    "quantisation": ("QuantisationProbe", "weight_outliers"),
+    "recipes": ("Recipes", "recipe_grid"),
     "rectified": ("RectifiedLaw",),
     "regimes": (
         "Regime",

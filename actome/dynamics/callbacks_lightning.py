@@ -95,6 +95,11 @@ class LightningWatch(Callback):  # type: ignore[misc, valid-type]
         if self.watch.should_stop:
             trainer.should_stop = True
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Logs what was validated."""
+        if self.watch is not None and not trainer.sanity_checking:
+            self.watch.log({name: float(value) for name, value in trainer.callback_metrics.items()})
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
         """Notes a checkpoint."""
         if self.watch is not None:

@@ -244,7 +244,8 @@ def _turns(y: Array, floor: float) -> list[int]:
         elif way <= 0 and y[i] - y[low] >= floor:
             found += [low] if low > 0 else []
             way, low, high = 1, i, i
-    return found
+    # A first turn that is hardly away from the start is noise on the way that follows.
+    return found[1:] if found and abs(y[found[0]] - y[0]) < floor else found
 
 
 def _nearest_start(parted: tuple[list[str], list[int]], name: str, start: int, starts: list[int]) -> int | None:

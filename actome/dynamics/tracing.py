@@ -83,7 +83,7 @@ def trace(
         >>> from actome.measures import ActivationScale
         >>> found = trace("demo", {"blocks.3.resid.post": ActivationScale()}, steps=[0, 8192], text=["one two three"])
         >>> found.curve("rms").round(1).to_dict()
-        {0: 0.2, 8192: 4.0}
+        {0: 0.1, 8192: 5.4}
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'skip'")

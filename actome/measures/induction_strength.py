@@ -23,7 +23,7 @@ class InductionStrength(Measure):
     - ``exemplar_attention``: mean attention from a label to the exemplar before it, the previous-token strength; over
       all labels of all prompts
 
-    For repeated tokens without labels there are previous-token and prefix-matching scores that need no matches.
+    For repeated tokens, where the tokens themselves say what matches, see `InductionScore`.
 
     Shapes: `update` takes x (\*stack, batch, head, query, key) with 2 N + 1 queries and keys, and ``copies`` (batch, N)
     bool, which of the pairs have the class of the query. Values (\*stack, head). Weights of linear attention are taken

@@ -140,6 +140,6 @@ ENTRY = Entry(
     "alignment at least 0.1 and a representation alignment at least 0.05 lower than from full rank at the same norm; "
     "of two low-rank starts that which is aligned with the task is the lazier.",
     test=test,
-    takes={"smoke": "seconds", "small": "about half a minute"},
+    takes={"smoke": "seconds", "small": "about a minute"},
     open="The neuroscience tasks, connectivity measured in brains, and the theory of two-layer linear networks.",
 )

@@ -3,9 +3,9 @@
 The paper follows the largest-to-median ratio of the residual stream over the checkpoints of the Pythia models, fits
 each layer's curve with a five-parameter law, and predicts the parameters from the architecture.
 
-Tested on transformers of three layers with gated MLPs on topic-bigram text, 25 checkpoints evenly spaced in the logarithm of the step.
-Ratios of thousands do not occur at this scale. Whether the architecture foretells the level at which a layer ends is
-tried on eight tiny shapes, which is a test of the machinery rather than of the paper's claim.
+Tested on transformers of three layers with gated MLPs on topic-bigram text, 25 checkpoints evenly spaced in the
+logarithm of the step. Ratios of thousands do not occur at this scale. Whether the architecture foretells the level at
+which a layer ends is tried on eight tiny shapes, which is a test of the machinery rather than of the paper's claim.
 """
 
 from __future__ import annotations

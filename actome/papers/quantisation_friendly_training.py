@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from actome.core.load import wrap
 from actome.core.model import Model
-from actome.dynamics.recipes import QuantisationProbe, recipe_grid
+from actome.dynamics.quantisation import QuantisationProbe
+from actome.dynamics.recipes import recipe_grid
 from actome.measures.extremes import MassiveActivations, OutlierChannels
 from actome.measures.kurtosis import Kurtosis
 from actome.papers.registry import Entry, Scale

@@ -64,7 +64,7 @@ def _by_measure(plain: Iterable[Line]) -> dict[str, list[Line]]:
 
 def _curves(digest: RunDigest, measure: str, some: list[Line], columns: dict[str, int], rules: pd.DataFrame) -> Figure:
     title, says = named(measure), word(measure).says if "/" not in measure else ""
-    names = [digest.places[one.series].site or "all" for one in some]
+    names = [digest.places[one.series].site or "whole" for one in some]
     members = [(one.series,) for one in some]
     bad = _not_finite(digest, members, names if len(names) > 1 else [""])
     group = "loss" if measure == "loss" else "weights" if measure in NORMS and len(some) > 1 else "curves"

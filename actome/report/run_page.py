@@ -129,9 +129,9 @@ def _told(digest: RunDigest) -> Iterator[str]:
 
 
 def _tiles(digest: RunDigest, severities: list[tuple[str, str, int]]) -> Iterator[dict[str, str]]:
-    for one in digest.find("loss")[:1]:
-        bad = digest.not_finite(one)
-        yield {"name": "Loss", "value": word("loss").show(digest.latest(one)), "tone": "critical" if bad else ""}
+    for one in lines(digest, ["loss"])[:1]:
+        tone = "critical" if digest.not_finite(one.series) else ""
+        yield {"name": "Loss", "value": word("loss").show(digest.latest(one.series)), "tone": tone}
     if digest.last_step is not None:
         yield {"name": "Step", "value": f"{digest.last_step:,}", "tone": ""}
     yield {"name": "Time", "value": span(digest.seconds), "tone": ""}

@@ -109,14 +109,19 @@ def chosen(digest: RunDigest, measures: Sequence[str] = ()) -> list[str]:
 
 
 def lines(digest: RunDigest, measures: Sequence[str]) -> list[Line]:
-    """Plain numbers: those without layer, head and expert."""
+    """Plain numbers: those without layer, head and expert; of a measure that of the whole model first.
+
+    The loss of the training, for one, is of no site, and that of a probe is of the logits; a site is named where there
+    is more than one, or where it is not the logits.
+    """
     found = []
     for measure in measures:
-        for i in digest.find(measure):
-            place = digest.places[i]
-            if place.layer is None and place.head is None and place.expert is None:
-                where = f", {place.site}" if place.site not in (None, "logits") else ""
-                found.append(Line(i, measure, named(measure) + where))
+        places = {i: digest.places[i] for i in digest.find(measure)}
+        some = [i for i, (*_, layer, head, expert) in places.items() if layer is head is expert is None]
+        for i in sorted(some, key=lambda i: (places[i].site is not None, i)):
+            site = places[i].site
+            unsaid = site is None or (site == "logits" and len(some) == 1)
+            found.append(Line(i, measure, named(measure) + ("" if unsaid else f", {site}")))
     return found
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actome.dynamics.trace_table import Trace
-from actome.report.terminal import _printed
+from actome.report.console import printed
 from actome.report.trace import _facts, _name, _reads, dated_of, phases_of, when
 from actome.report.words import WORDS, word
 
@@ -25,7 +25,7 @@ def print_trace(trace: Trace, console: Console | None = None) -> None:
     Args:
         console: where to; the terminal by default.
     """
-    _printed(lambda to: to.print(_whole(trace)), console or Console())
+    printed(lambda to: to.print(_whole(trace)), console or Console())
 
 
 def _whole(trace: Trace) -> Group:

@@ -45,6 +45,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
         if numpys is not None:
             numpy.random.set_state(numpys)
         with torch.no_grad():
+            # Casts made without gradients must not be found by a forward that wants some, within one autocast.
+            torch.clear_autocast_cache()
             for buffer, before in buffers:
                 # Written to only where it changed, so that whoever counts versions sees none.
                 if not _same(buffer, before):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actome.core.errors import MeasureError, RunError
 from actome.core.load import wrap
@@ -71,7 +71,8 @@ class Watch:
         run: the folder of the run, or a `RunWriter`, which is then left open.
         losses: further texts by name, of which only the next-token loss is taken and logged as ``loss_NAME``: one
             ``seen``, of the training data, and one ``heldout``, of the same source, tell memorising from learning.
-        optimizer: the one or those that train it; found at its first step when not given.
+        optimizer: the one or those that train it; found at its first step when not given. Give it where `step` is
+            called after every backward pass of several.
         every: ``"auto"`` keeps within `budget`; a number looks at each so-manieth step whatever it costs.
         budget: the share of the training's time that watching may add. A third of it is for scalars, norms and writing.
         steps: how long the run will be, if known: half of the budget then goes to early looks, at equal ratios of steps
@@ -329,7 +330,7 @@ class Watch:
             where = "after its `with` block had ended" if self._state == "closed" else "before `with ... as watch:`"
             raise RunError(f"watch.step was called {where}")
         shared = named(None if loss is None else scalar("loss", loss), components)
-        hooks, scaler = self._hooks, self._scaler
+        hooks = self._hooks
         skipped = bool(hooks.optimizers) and not hooks.stepped
         if skipped and at is None and not self._was_skipped():
             self._micro.append(shared)  # of one of several backward passes, whose step is still to come
@@ -343,10 +344,10 @@ class Watch:
         if at is not None and at <= self.at:
             raise RunError(f"step {at} comes after step {self.at}; to go back to a checkpoint, resume the run")
         self.at = self.at + 1 if at is None else at
-        self._scale = 0.0 if scaler is None else scaler.get_scale()
         own = self._agenda.tick(begin, hooks.spent)
         if hooks.lr is not None:
-            own["lr"] = float(hooks.lr)
+            # A tensor may lie on the device, and is fetched with the rest.
+            (shared if isinstance(hooks.lr, Tensor) else own)["lr"] = scalar("lr", hooks.lr)
         self._pending.append(Step(self.at, shared, own, [1.0] if skipped else hooks.skips))
         self._batch = batch
         look = self._agenda.looks_at(self.at)
@@ -362,7 +363,10 @@ class Watch:
 
     def _was_skipped(self) -> bool:
         """Whether a gradient scaler passed over the step that did not come, and not that more backward passes come."""
-        return self._scaler.get_scale() < self._scale if self._scaler is not None else not self._hooks.has_gradients()
+        if not self._hooks.has_gradients():
+            return True
+        before, self._scale = self._scale, 0.0 if self._scaler is None else self._scaler.get_scale()
+        return self._scale < before
 
     def _measure_next(self) -> bool:
         """Asked by the hooks around an optimizer's step: whether norms are to be taken around it."""
@@ -405,6 +409,7 @@ class Watch:
             values = {**shared, **step.own}
             if step is steps[-1]:
                 values |= self._agenda.last_values(self._scaler)
+                self._scale = values.get("loss_scale", 0.0)
             self._log.scalars(step.at, values)
             self._log.readings(step.at, step.readings)
             told.append((step.at, [*(Reading(name, value) for name, value in values.items()), *step.readings]))
