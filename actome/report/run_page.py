@@ -221,6 +221,8 @@ def _tables(digest: RunDigest, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ", ".join(value)
     return value if isinstance(value, str) else as_json(value)
 
 
