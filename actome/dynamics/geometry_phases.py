@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Array = np.ndarray
 COLLAPSE, SEEKING, COMPRESSION, FLAT = "warm-up collapse", "entropy-seeking", "compression-seeking", "no movement"
 
+_SMOOTHED = 12  # checkpoints from which on a curve is smoothed
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -29,7 +31,8 @@ class Phase:
         name: ``"warm-up collapse"`` (the rank falls before it ever rose), ``"entropy-seeking"`` (it rises),
             ``"compression-seeking"`` (after a rise it falls, or stands still while alpha rises), or ``"no movement"``.
         start, end: steps.
-        low, high: bootstrap interval of `start`; equal to it for the first phase.
+        low, high: bootstrap interval of `start`, from the checkpoint before to the one after at least; equal to it for
+            the first phase.
         support: share of resamples that have a phase of this name begin nearer to `start` than to any other boundary.
         rank, alpha: smoothed values at its start and its end.
     """
@@ -53,7 +56,7 @@ class Phases:
         steps: (points).
         rank, alpha: smoothed, (points).
         band: of the smoothed rank, low and high, (points) each.
-        r2: share of the rank's variance that its smoothed curve explains.
+        r2: share of the rank's variance that its smoothed curve explains; NaN where nothing was smoothed.
         control: the median of the same for the ranks in shuffled order.
         p: share of shuffled orders whose way through the ranks is as short, the given order itself counted; above 0.05
             the rank does not follow the steps, and phases are of noise.
@@ -101,8 +104,8 @@ def geometry_phases(
     """Parts a training into phases by the turns of the effective rank of its representations.
 
     The rank is smoothed over log step (step 0 is put one smallest step before it), and parted where it turns by more
-    than `least` of its range. A last rise is parted once more where the rank has come within `least` of its range of
-    the end and alpha rises from there on.
+    than `least` of its range. Fewer than twelve checkpoints are not smoothed, for that would move the turns. A last
+    rise is parted once more where the rank has come within `least` of its range of the end and alpha rises from there.
 
     Args:
         trace: a `Trace` with ``effective_rank`` and, if it has one, ``alpha``; or steps (points), with `rank` and
@@ -142,6 +145,7 @@ def geometry_phases(
         raise MeasureError("steps must rise, from 0 or more")
     positive = x[x > 0]
     along = np.log(x + positive[0]) if x[0] == 0 else np.log(x)
+    bandwidth = bandwidth if len(x) >= _SMOOTHED else 0.0
     operator = smoother(along, bandwidth)
     smooth, smooth_a = operator @ y, _smoothed(along, a, bandwidth)
     names, starts = _parted(smooth, smooth_a, least)
@@ -157,9 +161,10 @@ def geometry_phases(
         end = starts[i + 1] if i + 1 < len(starts) else len(x) - 1
         hits = [j for j in (_nearest_start(one, name, start, starts) for one in parted) if j is not None] if i else []
         low, high = np.quantile(x[hits], [(1 - level) / 2, (1 + level) / 2]) if hits else (x[start], x[start])
-        support = (
-            len(hits) / resamples if i and resamples else float(np.mean([one[0][0] == name for one in parted] or [1]))
-        )
+        if i:  # a turn at a checkpoint lies anywhere between its neighbours
+            low, high = min(low, x[start - 1]), max(high, x[min(start + 1, len(x) - 1)])
+        alike = len(hits) if i else sum(one[0][0] == name for one in parted)
+        support = alike / resamples if resamples else math.nan
         items.append(
             Phase(
                 name, float(x[start]), float(x[end]), float(low), float(high), support,
@@ -169,10 +174,10 @@ def geometry_phases(
     shuffled = rng.permuted(np.tile(y, (199, 1)), axis=1)
     paths = np.abs(np.diff(shuffled, axis=1)).sum(1)
     p = (1 + int((paths <= np.abs(np.diff(y)).sum() * (1 + 1e-12)).sum())) / 200
-    total = float(((y - y.mean()) ** 2).sum())
-    control = (
-        float(np.median([1 - ((one - operator @ one) ** 2).sum() / total for one in shuffled])) if total else math.nan
-    )
+    # A curve that was not smoothed explains itself, and its r2 says nothing.
+    total = float(((y - y.mean()) ** 2).sum()) if bandwidth else 0.0
+    left = ((shuffled - shuffled @ operator.T) ** 2).sum(1)
+    control = float(np.median(1 - left / total)) if total else math.nan
     edges = ((1 - level) / 2, (1 + level) / 2)
     band = np.quantile(drawn, edges, axis=0) if drawn else np.tile(smooth, (2, 1))
     r2 = 1 - float((residuals**2).sum()) / total if total else math.nan
