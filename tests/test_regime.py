@@ -391,7 +391,7 @@ def test_the_recurrent_network_step_by_step():
     states = ac.wrap(net).record(x, "module:state")["module:state"]
     assert states.shape == (4, 6, 5)
     torch.testing.assert_close(states[:, -1], h.detach())
-    assert float(LeakyRNN(3, 400, 2, gain=2.0).recurrent.weight.std()) == pytest.approx(2 / 20, rel=0.02)
+    assert float(LeakyRNN(3, 400, 2, gain=2.0).recurrent.weight.detach().std()) == pytest.approx(2 / 20, rel=0.02)
     assert torch.equal(rows_of(torch.arange(8.0).view(2, 4))[1], torch.tensor([[4.0, 5.0], [6.0, 7.0]]))
     with pytest.raises(ValueError, match="leak"):
         LeakyRNN(3, 5, 2, leak=1.0)

@@ -137,6 +137,6 @@ ENTRY = Entry(
     "alpha: at most 2 at 0.5, at least 4 at 8, where at the time of fitting features are aligned less than half as far "
     "as at the end; linear units never generalise.",
     test=test,
-    takes={"smoke": "seconds", "small": "about a minute"},
+    takes={"smoke": "seconds", "small": "about two minutes"},
     open="The theory of the learning curves (DMFT); MNIST, transformers on modular addition, student and teacher.",
 )
