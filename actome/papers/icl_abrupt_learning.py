@@ -169,7 +169,7 @@ ENTRY = Entry(
     "later than accuracy, answers are first some label of the context, and a model of four parameters jumps the later "
     "the lower its previous-token logit begins.",
     test=test,
-    takes={"smoke": "seconds", "small": "about a minute and a half"},
+    takes={"smoke": "seconds", "small": "about two minutes"},
     open="Eight pairs, skewed class frequencies, one-hot positions at random starts and an MLP as classifier, as in "
     "the source; the dependence on burstiness, classes, spread and skew over their whole ranges.",
 )
