@@ -204,7 +204,7 @@ def test_indicators_are_those_of_each_window():
     rng = np.random.default_rng(0)
     trace = rng.standard_normal(120).cumsum()
     warning = EarlyWarning(surrogates=0)
-    rest = warning._detrended(trace[None])
+    rest = warning.detrended(trace[None])
     found = warning.fit(trace)
     assert len(found.x) == 61
     assert (found.x[0], found.x[-1]) == (59, 119)

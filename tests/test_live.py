@@ -323,6 +323,8 @@ class Screen:
             [sys.executable, "-m", "actome", "watch", *words],
             stdin=theirs, stdout=theirs, stderr=theirs,
             env={**os.environ, "TERM": "xterm", "COLUMNS": "90", "LINES": "40"},
+            # Tests that were started in the background pass on that interrupts are to be ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(theirs)
         self.end, self.text = ours, ""

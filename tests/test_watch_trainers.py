@@ -226,6 +226,7 @@ def test_lightning_missing_is_said_with_its_extra(monkeypatch):
             monkeypatch.delitem(sys.modules, name)
     for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(vars(actome.dynamics), "LightningWatch", raising=False)  # as if it had not been asked for
     with pytest.raises(ImportError, match=r"actome\[lightning\]"):
         _ = actome.dynamics.LightningWatch
 
