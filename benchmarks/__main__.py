@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from . import machine, table
 from .row import Options, Row
 
-SUITES = ("forward", "patterns", "generation", "panels", "watching", "fixed", "imports")
+SUITES = ("forward", "patterns", "generation", "steering", "panels", "watching", "fixed", "imports")
 DETAILS = ("measures", "similarity", "store")
 
 
