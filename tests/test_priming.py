@@ -135,7 +135,7 @@ def test_bad_input_is_refused():
         ([], {}, "no sample was given"),
         ([Fact(ids(0), ids(4), "naer", other=ids(5))], {}, "no prefixes of the theme 'naer'; nearest: near"),
         ([fact], {}, "all samples have one keyword"),
-        ([Fact(ids(), ids(4), "near", other=ids(5))], {}, "context and key are token ids"),
+        ([Fact(ids(), ids(4), "near", other=ids(5))], {}, "context is a tensor of token ids"),
         ([Fact(ids(0), ids(4), "near", far=(), other=ids(5))], {}, "no other theme"),
         ([fact], {"every": 2}, "batches= for the steps between"),
         ([fact], {"steps": 0}, "steps=0"),

@@ -95,6 +95,10 @@ def fit_emergence(
     ('early peak', 0.3, 20, True)
     """
     if not isinstance(trace, Trace):
+        if not hasattr(trace, "columns"):
+            raise MeasureError(
+                f"a law is fitted to a Trace, or a frame with the columns step and value, not {type(trace).__name__}"
+            )
         trace = Trace(trace if "measure" in trace else trace.assign(measure=measure))
     found = fit_curves(
         trace, measure, law, site, min_points=min_points, permutations=permutations, starts=starts, seed=seed

@@ -132,17 +132,22 @@ def geometry_phases(
     if hasattr(trace, "curve"):
         steps, rank, alpha = _of_trace(trace, site, measure)
     else:
+        if rank is None or isinstance(trace, str) or hasattr(trace, "columns"):
+            raise MeasureError(
+                f"phases are of a Trace, or of steps and ranks, geometry_phases(steps, rank); {type(trace).__name__} "
+                f"{'without ranks ' if rank is None else ''}is neither (Trace(frame) makes one of a tidy frame)"
+            )
         steps = np.asarray(trace, dtype=np.float64)
         alpha = np.full(len(steps), np.nan) if alpha is None else alpha
     x, y, a = (np.asarray(one, dtype=np.float64) for one in (steps, rank, alpha))
-    if not len(x) == len(y) == len(a):
-        raise MeasureError(f"{len(x)} steps, {len(y)} ranks and {len(a)} alphas; want one of each a step")
+    if not x.shape == y.shape == a.shape or x.ndim != 1:
+        raise MeasureError(f"steps {x.shape}, ranks {y.shape} and alphas {a.shape}; want (points), one of each a step")
     keep = np.isfinite(y)
     x, y, a = x[keep], y[keep], a[keep]
     if len(x) < 6:
         raise MeasureError(f"phases need six steps with a rank, and there are {len(x)}")
-    if (np.diff(x) <= 0).any() or x[0] < 0:
-        raise MeasureError("steps must rise, from 0 or more")
+    if not np.isfinite(x).all() or (np.diff(x) <= 0).any() or x[0] < 0:
+        raise MeasureError("steps must be finite and rise, from 0 or more")
     positive = x[x > 0]
     along = np.log(x + positive[0]) if x[0] == 0 else np.log(x)
     bandwidth = bandwidth if len(x) >= _SMOOTHED else 0.0

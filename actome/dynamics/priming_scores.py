@@ -190,8 +190,9 @@ def priming_threshold(frame: pd.DataFrame, **options: Any) -> ChangePoint:
 def _checked(
     samples: Sequence[Fact], prefixes: Mapping[str, Prefixes], steps: int, every: int, batches: Any
 ) -> list[Fact]:
-    if not samples:
-        raise MeasureError("no sample was given: a list of Fact(context, key, theme)")
+    if isinstance(samples, Fact) or not samples:
+        given = "one Fact by itself" if samples else "no sample"
+        raise MeasureError(f"{given} was given; want a list of Fact(context, key, theme)")
     if steps < 1 or every < 1 or (batches is None and every > 1):
         raise MeasureError(f"steps={steps}, every={every}: give 1 or more, and batches= for the steps between")
     for i, sample in enumerate(samples):
@@ -200,10 +201,21 @@ def _checked(
                 raise MeasureError(f"sample {i}: no prefixes of the theme {theme!r}{nearest(theme, prefixes)}")
         if sample.far == () or (sample.far is None and len(prefixes) < 2):
             raise MeasureError(f"sample {i} has no other theme for the control; give prefixes of two themes")
-        if sample.context.ndim != 1 or sample.key.ndim != 1 or not len(sample.context) or not len(sample.key):
-            shapes = f"{tuple(sample.context.shape)} and {tuple(sample.key.shape)}"
-            raise MeasureError(f"sample {i}: context and key are token ids (pos), one at least, not {shapes}")
+        for name in ("context", "key", "other", "text"):
+            ids = getattr(sample, name)
+            if ids is not None or name in ("context", "key"):
+                _check_ids(f"sample {i}: {name}", ids)
+    for theme, rows in prefixes.items():
+        for row in rows:
+            _check_ids(f"prefixes of the theme {theme!r}: each", row)
     return list(samples)
+
+
+def _check_ids(what: str, ids: Any) -> None:
+    if isinstance(ids, Tensor) and ids.ndim == 1 and len(ids) and not (ids.is_floating_point() or ids.is_complex()):
+        return
+    got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    raise MeasureError(f"{what} is a tensor of token ids (pos), one at least, not {got}")
 
 
 def _other(samples: Sequence[Fact], i: int, seed: int) -> Tensor:

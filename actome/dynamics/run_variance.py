@@ -215,6 +215,8 @@ class RunVariance:
             raise MeasureError(f"shares of {p_NK.shape} and labels of {y_N.shape}; want (item, class) and (item)")
         if (p_NK < 0).any() or not np.allclose(p_NK.sum(1), 1, atol=1e-4):
             raise MeasureError("shares are not negative and add up to 1 for each item; give those, and no logits")
+        if (y_N != np.round(y_N)).any():
+            raise MeasureError(f"labels are whole numbers of classes; {y_N[y_N != np.round(y_N)][0]} is none")
         if y_N.min() < 0 or y_N.max() >= p_NK.shape[1]:
             raise MeasureError(f"labels from {y_N.min()} to {y_N.max()} for {p_NK.shape[1]} classes counted from 0")
         items = len(y_N)
@@ -249,7 +251,7 @@ def vote_shares(predictions: Any, classes: int) -> Array:
     [[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]
     """
     chosen_RN = np.asarray(predictions)
-    if chosen_RN.ndim != 2 or chosen_RN.min() < 0 or chosen_RN.max() >= classes:
+    if chosen_RN.ndim != 2 or not chosen_RN.size or not np.isin(chosen_RN, np.arange(classes)).all():
         raise MeasureError(f"choices of shape {chosen_RN.shape}; want (run, item) of classes from 0 to {classes - 1}")
     return np.stack([(chosen_RN == k).mean(0) for k in range(classes)], 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -91,8 +92,8 @@ def accept_then_stop(curves: Curves, target: float, k: int = 3, delta: float = 5
     >>> ranking.order, ranking.table.used.tolist()                  # a pre-power phase in one
     (('learned', 'plain'), [3, 8])
     """
-    if k < 3 or not delta > 0 or not floor > 0:
-        raise MeasureError(f"k={k}, delta={delta}, floor={floor}: want 3 or more, and numbers above 0")
+    if k < 3 or k != int(k) or not delta > 0 or not floor > 0:
+        raise MeasureError(f"k={k}, delta={delta}, floor={floor}: want a whole number of 3 or more, and numbers above 0")
     rows = []
     for name, (D, L) in _checked(curves, target).items():
         if len(D) < k:
@@ -194,13 +195,16 @@ def selection_scores(predicted: Mapping[str, float], truth: Mapping[str, float])
 
 def _checked(curves: Curves, target: float) -> dict[str, tuple[Array, Array]]:
     """Sizes rising, each once."""
-    if not curves:
-        raise MeasureError("there are no models to rank; give curves={name: (sizes, losses)}")
-    if not target > 0 or not math.isfinite(target):
-        raise MeasureError(f"target={target}: give the size of the whole data")
+    if not isinstance(curves, Mapping) or not curves:
+        raise MeasureError(f"there are no models to rank in {curves!r:.60}; give curves={{name: (sizes, losses)}}")
+    if not isinstance(target, Real) or not 0 < target < math.inf:
+        raise MeasureError(f"target={target!r}: give the size of the whole data, a number above 0")
     out = {}
-    for name, (sizes, losses) in curves.items():
-        D, L = (np.asarray(one, dtype=np.float64) for one in (sizes, losses))
+    for name, pair in curves.items():
+        try:
+            D, L = (np.asarray(one, dtype=np.float64) for one in pair)
+        except (TypeError, ValueError) as error:
+            raise MeasureError(f"{name!r} is not (sizes, losses), two lists of numbers: {error}") from error
         if D.ndim != 1 or D.shape != L.shape or not len(D):
             raise MeasureError(f"{name!r} has sizes {D.shape} and losses {L.shape}; want (n) and (n)")
         if not (np.isfinite(D).all() and np.isfinite(L).all() and D.min() > 0 and L.min() > 0):

@@ -134,11 +134,11 @@ class Alarms:
         end of the run, so that a run that is resumed tells nothing twice.
 
         Args:
-            run: a store, or a tidy frame with the columns step, measure, value, and site, layer, head, unit, expert
-                where there are such. What a run logged before it went back to an earlier step is passed over.
+            run: a store, a `Trace`, or a tidy frame with the columns step, measure, value, and site, layer, head, unit,
+                expert where there are such. What a run logged before it went back to an earlier step is passed over.
 
         Raises:
-            MeasureError: a frame without the columns, or of several runs.
+            MeasureError: a frame without the columns, with no measure that a detector looks at, or of several runs.
         """
         return [alarm for step, readings in _steps(run, self.needs) for alarm in self.update(step, readings)]
 
@@ -182,15 +182,21 @@ def _listed(actions: Action | Sequence[Action]) -> list[Action]:
 
 def _steps(run: Any, needs: Sequence[str]) -> Iterator[tuple[int, list[Reading]]]:
     """Step by step what was logged of the measures that matter."""
-    if hasattr(run, "frame"):
-        frame = run.frame(measure=[name for name in needs if name in run.measures])
+    frame = getattr(run, "frame", run)
+    if callable(frame):
+        frame = frame(measure=[name for name in needs if name in run.measures])
     else:
-        frame = run
         missing = {"step", "measure", "value"} - set(getattr(frame, "columns", ()))
         if missing:
             raise MeasureError(
-                f"alarms are replayed from a run store, or a frame with step, measure and value; {type(run).__name__} "
-                f"lacks {', '.join(sorted(missing))}"
+                "alarms are replayed from a run store (RunStore.open), or a frame with step, measure and value; "
+                f"{type(run).__name__} lacks {', '.join(sorted(missing))}"
+            )
+        if len(frame) and not frame["measure"].isin(needs).any():
+            # An empty list would say that all is well.
+            there = ", ".join(map(str, frame["measure"].unique()[:6]))
+            raise MeasureError(
+                f"no detector looks at any of the measures in the frame ({there}); they look at {', '.join(needs)}"
             )
         frame = frame[frame["measure"].isin(needs)]
     if "run" in frame and frame["run"].nunique() > 1:

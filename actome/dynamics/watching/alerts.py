@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from actome.core.errors import MeasureError
+
 from ..alarms import Alarms
 from ..alarms.base import Alarm, Reading
 from .logbook import Logbook
@@ -25,8 +27,12 @@ class Alerts:
     def __init__(self, detectors: Any, actions: Mapping[str, Any] | None):
         self.alarms: Alarms | None
         if isinstance(detectors, Alarms):
+            if actions:
+                raise MeasureError("an Alarms has actions of its own: give them to it, Alarms(actions=...)")
             self.alarms = detectors
         elif detectors in (False, None):
+            if actions:
+                raise MeasureError("actions= are for alarms, and alarms=False has none raised; leave one of them out")
             self.alarms = None
         else:
             self.alarms = Alarms(None if detectors is True else list(detectors), actions)

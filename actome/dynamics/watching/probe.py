@@ -77,6 +77,8 @@ def _of_text(model: Model, text: Text, tokens: int) -> list[Any]:
             count += part.n_tokens
         if count + text.context > tokens:
             break
+    if not taken:
+        raise TextError("the probe text is empty: give text, as much as one look should read")
     return taken
 
 

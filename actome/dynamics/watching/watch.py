@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,12 +130,20 @@ class Watch:
         start: int = 0,
         store: Mapping[str, Any] | None = None,
     ):
-        if every != "auto" and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        if every != "auto" and (not _whole(every) or every < 1):
             raise MeasureError(f"every={every!r}: 'auto', or a number of steps, 1 or more")
-        if not 0 < budget < 1:
-            raise MeasureError(f"budget={budget}: the share of the training's time that watching may add, such as 0.03")
+        if not isinstance(budget, int | float) or not 0 < budget < 1:
+            raise MeasureError(f"budget={budget!r}: the share of the training's time that watching may add, as 0.03")
+        if steps is not None and (not _whole(steps) or steps < 1):
+            raise MeasureError(f"steps={steps!r}: how many steps the run will have, 1 or more; None if not known")
+        if not _whole(start) or start < 0:
+            raise MeasureError(f"start={start!r}: how many steps the training has made already, 0 or more")
+        if not isinstance(resume, bool) and (not _whole(resume) or resume < 0):
+            raise MeasureError(f"resume={resume!r}: True, False, or the step of the checkpoint, 0 or more")
         if panel is not None and text is None:
             raise MeasureError("a panel is measured at a probe: give text=, or panel=None for scalars and norms only")
+        if panel is None and losses:
+            raise MeasureError("losses= are taken at looks, and panel=None takes none: give a panel and text=")
         if isinstance(model, Model):
             self.model = model if unwrap(model.module) is model.module else wrap(unwrap(model.module), model.tokenizer)
         else:
@@ -273,7 +282,7 @@ class Watch:
     @property
     def error(self) -> RunError | None:
         """Why the run cannot be written at the moment; None when everything is."""
-        return self._log.error
+        return None if self._state == "new" else self._log.error
 
     def stop(self, reason: str = "") -> None:
         """Asks the training to end: sets `should_stop`, which the loop (or a trainer's callback) looks at."""
@@ -281,10 +290,12 @@ class Watch:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Notes further numbers of this step, such as those of an evaluation."""
+        self._check_open("log")
         self._log.scalars(self.at, {name: number(name, value) for name, value in values.items()})
 
     def event(self, name: str, **data: Any) -> None:
         """Notes something that happened at this step, such as a checkpoint."""
+        self._check_open("event")
         self._log.event(name, self.at, **data)
 
     @property
@@ -326,9 +337,7 @@ class Watch:
             RunError: outside the ``with`` block; a step that is not after the last one.
         """
         begin = time.perf_counter()
-        if self._state != "open":
-            where = "after its `with` block had ended" if self._state == "closed" else "before `with ... as watch:`"
-            raise RunError(f"watch.step was called {where}")
+        self._check_open("step")
         shared = named(None if loss is None else scalar("loss", loss), components)
         hooks = self._hooks
         skipped = bool(hooks.optimizers) and not hooks.stepped
@@ -360,6 +369,11 @@ class Watch:
             self._flush()
         self._agenda.spend(begin, hooks.spent)
         hooks.begin_step()
+
+    def _check_open(self, what: str) -> None:
+        if self._state != "open":
+            where = "after its `with` block had ended" if self._state == "closed" else "before `with ... as watch:`"
+            raise RunError(f"watch.{what} was called {where}")
 
     def _was_skipped(self) -> bool:
         """Whether a gradient scaler passed over the step that did not come, and not that more backward passes come."""
@@ -426,3 +440,7 @@ def _listed(optimizer: Any) -> list[Any]:
     if optimizer is None:
         return []
     return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
