@@ -189,7 +189,9 @@ def _model_class(transformers: Any, config: Any) -> Any:
 
 def _tokenizer(transformers: Any, place: str, common: dict[str, Any]) -> Any:
     try:
-        return transformers.AutoTokenizer.from_pretrained(place, **common)
+        found = transformers.AutoTokenizer.from_pretrained(place, **common)
+        # Where a folder has no tokenizer, transformers makes those of some families (GPT-2's) without a single word.
+        return found if len(found) > len(set(found.all_special_ids)) else None
     except Exception:
         return None
 

@@ -117,6 +117,7 @@ def score_extrapolations(
     """
     import pandas as pd
 
+    methods = [methods] if isinstance(methods, str) else methods
     named = dict(methods) if isinstance(methods, Mapping) else {one: one for one in methods}
     rows = []
     for number, curve in enumerate(curves):
@@ -176,7 +177,10 @@ def last_value_of(curves: Any, cut: int) -> Extrapolator:
 def _curve(curve: Any) -> Array:
     if hasattr(curve, "detach"):
         curve = curve.detach().cpu().double()
-    y = np.asarray(curve, dtype=np.float64)
+    try:
+        y = np.asarray(curve, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise MeasureError(f"a curve is (points) numbers, not {type(curve).__name__}: {error}") from error
     if y.ndim != 1 or len(y) < 2:
         raise MeasureError(f"a curve of shape {y.shape}; want (points), two or more at equally spaced steps")
     bad = np.flatnonzero(~np.isfinite(y))
@@ -220,7 +224,10 @@ def _to_unit(y_C: Array, goal: Goal, bounds: tuple[float, float] | None) -> tupl
     _check_direction(y_C, goal)
     if bounds is None:
         bounds = (0.0, 1.0) if goal == "max" else (0.0, float(y_C.max()))
-    low, high = map(float, bounds)
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError) as error:
+        raise MeasureError(f"bounds={bounds!r}: want two numbers, (lowest, highest)") from error
     if not low < high or not math.isfinite(high - low):
         raise MeasureError(f"bounds={bounds}: want the lowest and the highest value that the measure can take")
     middle, room = float(np.median(y_C)), 0.25 * (high - low)  # single values may be out for their noise

@@ -250,6 +250,8 @@ def _teach(module: nn.Module, text: Tensor, steps: int, batches: Any, every: int
         for step in range(steps):
             rows = [] if batches is None else list(batches(step))
             rows += [text] if step % every == 0 else []
+            if not rows:
+                raise MeasureError(f"step {step} has nothing to train on: batches({step}) gave no row")
             # On the right, where a causal model does not see it, and no target.
             tokens = nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True)
             lengths = torch.tensor([len(row) for row in rows], device=device)

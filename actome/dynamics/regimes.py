@@ -119,6 +119,8 @@ def regime(
         ka, index = kernel_alignment(kernels[0], kernels[1], centred=False), lazy_rich_index(*kernels)
     told = [one for one in (ra, ka) if not math.isnan(one)]
     if not told:
+        if not all(bool(one.isfinite().all()) for net in (old, new) for one in net.values()):
+            raise MeasureError("weights of one of the two networks are not finite, so there is nothing to align")
         raise MeasureError("activations or gradients are all zero, so there is nothing to align")
     least = min(told)
     ranks = {name: (effective_rank(old[name]), effective_rank(new[name])) for name in names if old[name].ndim == 2}

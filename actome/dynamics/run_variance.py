@@ -136,7 +136,7 @@ class RunVariance:
         Raises:
             MeasureError: another number of items, a run twice, or values that are neither 0 nor 1.
         """
-        got = np.asarray(correct.detach().cpu() if hasattr(correct, "detach") else correct)
+        got = _array(correct)
         if got.ndim != 1 or len(got) < 2 or (self.items and len(got) != self.items):
             wanted = f"({self.items},), the items of the runs before" if self.items else "(items), two or more"
             raise MeasureError(f"run {run_id!r}: right or wrong of shape {got.shape}; want {wanted}")
@@ -209,7 +209,7 @@ class RunVariance:
         Raises:
             MeasureError: shares that do not add up to 1, or labels that do not fit.
         """
-        p_NK, y_N = (np.asarray(one.detach().cpu() if hasattr(one, "detach") else one) for one in (probs, labels))
+        p_NK, y_N = _array(probs), _array(labels)
         p_NK = p_NK.astype(np.float64)
         if p_NK.ndim != 2 or y_N.shape != p_NK.shape[:1] or not len(y_N):
             raise MeasureError(f"shares of {p_NK.shape} and labels of {y_N.shape}; want (item, class) and (item)")
@@ -231,6 +231,14 @@ class RunVariance:
         )
 
 
+def _array(given: Any) -> Array:
+    if not hasattr(given, "detach"):
+        return np.asarray(given)
+    tensor = given.detach().cpu()
+    # numpy has no bfloat16.
+    return (tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor).numpy()
+
+
 def split(right_RN: Array) -> tuple[float, float, float]:
     """Total, independent and distribution-wise variance of (run, item) bools.
 
@@ -250,7 +258,7 @@ def vote_shares(predictions: Any, classes: int) -> Array:
     >>> vote_shares([[0, 1], [0, 2]], 3).tolist()
     [[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]
     """
-    chosen_RN = np.asarray(predictions)
+    chosen_RN = _array(predictions)
     if chosen_RN.ndim != 2 or not chosen_RN.size or not np.isin(chosen_RN, np.arange(classes)).all():
         raise MeasureError(f"choices of shape {chosen_RN.shape}; want (run, item) of classes from 0 to {classes - 1}")
     return np.stack([(chosen_RN == k).mean(0) for k in range(classes)], 1)

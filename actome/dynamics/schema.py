@@ -97,6 +97,8 @@ def begun(path: Path) -> bool:
 def check(path: Path) -> None:
     """Raises unless the folder holds a run that this version reads."""
     database = path / DATABASE
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; a run is a folder with {DATABASE} in it")
     if not path.is_dir():
         raise RunError(f"there is no run {path}{nearest_beside(path)}")
     if not database.exists():

@@ -93,7 +93,9 @@ def accept_then_stop(curves: Curves, target: float, k: int = 3, delta: float = 5
     (('learned', 'plain'), [3, 8])
     """
     if k < 3 or k != int(k) or not delta > 0 or not floor > 0:
-        raise MeasureError(f"k={k}, delta={delta}, floor={floor}: want a whole number of 3 or more, and numbers above 0")
+        raise MeasureError(
+            f"k={k}, delta={delta}, floor={floor}: want a whole number of 3 or more, and numbers above 0"
+        )
     rows = []
     for name, (D, L) in _checked(curves, target).items():
         if len(D) < k:

@@ -64,6 +64,9 @@ class Alarms:
 
             detectors = default_detectors()
         self.detectors = list(detectors)
+        for detector in self.detectors:
+            if not hasattr(detector, "update"):
+                raise MeasureError(f"a detector is an object such as LossSpike(), not {detector!r}")
         self.clear = clear
         self.actions = {key: _listed(one) for key, one in (actions or {}).items()}
         known = {"*", *LEVELS, *(one.name for one in self.detectors)}
@@ -177,7 +180,11 @@ def _failure(step: int, detector: Detector, error: Exception) -> Alarm:
 
 
 def _listed(actions: Action | Sequence[Action]) -> list[Action]:
-    return [actions] if callable(actions) else list(actions)
+    listed = [actions] if callable(actions) or isinstance(actions, str) else list(actions)
+    for one in listed:
+        if not callable(one):
+            raise MeasureError(f"an action is Stop(), LowerLR(), SaveCheckpoint() or a function, not {one!r}")
+    return listed
 
 
 def _steps(run: Any, needs: Sequence[str]) -> Iterator[tuple[int, list[Reading]]]:
@@ -203,6 +210,9 @@ def _steps(run: Any, needs: Sequence[str]) -> Iterator[tuple[int, list[Reading]]
         raise MeasureError(f"alarms are of one run; choose one of {', '.join(map(str, frame['run'].unique()))}")
     if frame.empty:
         return
+    for name in ("step", "value"):
+        if frame[name].dtype.kind not in "iufb" or (name == "step" and frame[name].isna().any()):
+            raise MeasureError(f"the column {name!r} holds something that is no number")
     frame = frame.sort_values("step", kind="stable")
     columns = [frame[name].tolist() for name in ("measure", "value")]
     for name in ("site", "layer", "head", "unit", "expert"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actome.core.errors import MeasureError, SiteError, nearest
+from actome.core.errors import ActomeError, MeasureError, SiteError, nearest
 from actome.core.model import Model
 from actome.core.sites import Site
 from actome.core.stream import Plan
@@ -115,6 +115,15 @@ class Looker:
         try:
             found = self.look()
         except Exception as error:
+            if (
+                self.first
+                and isinstance(error, IndexError | TypeError | ValueError)
+                and not isinstance(error, ActomeError)
+            ):
+                raise MeasureError(
+                    f"{self.model.name} cannot read the probe ({type(error).__name__}: {error}): give what its forward "
+                    "takes, such as token ids below its vocabulary in rows no longer than its context"
+                ) from error
             if self.first or not self.ranks.alone:
                 raise
             self._failures += 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actome.core.errors import RunError
 
+from ..schema import begun
 from ..store import RunStore
 from ..writer import RunWriter
 
@@ -51,6 +52,11 @@ class Opening:
         if self.to is None:
             raise RunError("a watch writes to a run: give run=, a folder such as 'runs/a'")
         if self.resume is False:
+            if begun(self.path) and not self.store.get("overwrite"):
+                raise RunError(
+                    f"{self.path} holds a run already: resume=True, or the step of the checkpoint, goes on with it, "
+                    "store={'overwrite': True} deletes it; or choose another folder"
+                )
             return RunStore.create(self.to, self.config, **self.store)
         first = None if self.resume is True else self.resume + 1
         return RunStore.resume(self.to, from_step=first, **self.store)

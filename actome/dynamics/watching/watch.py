@@ -142,6 +142,8 @@ class Watch:
             raise MeasureError(f"resume={resume!r}: True, False, or the step of the checkpoint, 0 or more")
         if panel is not None and text is None:
             raise MeasureError("a panel is measured at a probe: give text=, or panel=None for scalars and norms only")
+        if not isinstance(losses or {}, Mapping):
+            raise MeasureError(f"losses= are texts by name, {{'heldout': ...}}, not {type(losses).__name__}")
         if panel is None and losses:
             raise MeasureError("losses= are taken at looks, and panel=None takes none: give a panel and text=")
         if isinstance(model, Model):
@@ -350,6 +352,8 @@ class Watch:
             shared = {name: mean([part[name] for part in parts if name in part]) for name in shared}
         if grad_norm is not None:
             shared["grad_norm"] = scalar("grad_norm", grad_norm)
+        if at is not None and not _whole(at):
+            raise RunError(f"at={at!r}: the number of a step is a whole one")
         if at is not None and at <= self.at:
             raise RunError(f"step {at} comes after step {self.at}; to go back to a checkpoint, resume the run")
         self.at = self.at + 1 if at is None else at
