@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import actome as ac
 from actome.core.errors import MeasureError, SiteError
 from actome.dynamics import lazy_rich_index, regime
-from actome.dynamics.regimes import effective_rank
+from actome.dynamics.regimes import rank_in_use
 from actome.measures import (
     TangentKernelAlignment,
     kernel_alignment,
@@ -287,10 +287,10 @@ def test_the_index_of_kernels():
     k = k @ k.T
     assert lazy_rich_index(k, 5 * k) == pytest.approx(0, abs=1e-9)
     assert lazy_rich_index(k, torch.eye(10)) == pytest.approx(1 - kernel_alignment(k, torch.eye(10)))
-    assert effective_rank(torch.diag(torch.tensor([2.0, 1.0, 0.0]))) == pytest.approx(9 / 5)
-    assert effective_rank(torch.zeros(3, 3)) == 0
+    assert rank_in_use(torch.diag(torch.tensor([2.0, 1.0, 0.0]))) == pytest.approx(9 / 5)
+    assert rank_in_use(torch.zeros(3, 3)) == 0
     with pytest.raises(MeasureError, match="of a matrix"):
-        effective_rank(torch.zeros(3))
+        rank_in_use(torch.zeros(3))
 
 
 # Initial rank

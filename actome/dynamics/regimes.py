@@ -6,20 +6,19 @@ Letters: N row, U unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from actome.core.errors import MeasureError, nearest
+from actome.core.errors import MeasureError
 from actome.core.model import Model
 from actome.core.prove import evaluating
 from actome.measures.alignment import parameters_of
 from actome.measures.kernel_alignment import kernel_alignment, representation_alignment
-from actome.measures.tangent_kernel import tangent_kernel
+from actome.measures.tangent_kernel import parameters_named, tangent_kernel
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Regime:
         KA: tangent-kernel alignment, at most 1; NaN without the kernel.
         index: `lazy_rich_index` of the two kernels; NaN without them.
         by_site: RA of each site.
-        rank: effective rank in use of each weight matrix, before and after.
+        rank: singular directions in use, `rank_in_use`, of each weight matrix, before and after.
         verdict: ``"lazy"``, ``"rich"`` or ``"between"``.
     """
 
@@ -107,7 +106,7 @@ def regime(
     old, new = parameters_of(start.module), parameters_of(end.module)
     if {name: one.shape for name, one in old.items()} != {name: one.shape for name, one in new.items()}:
         raise MeasureError("the two networks do not have the same parameters; a regime is told of one that was trained")
-    names = _chosen(old, weights)
+    names = parameters_named(old, weights)
     change = math.sqrt(sum(float((new[name] - old[name].to(new[name])).square().sum()) for name in names))
     size = math.sqrt(sum(float(old[name].square().sum()) for name in names))
 
@@ -123,7 +122,7 @@ def regime(
             raise MeasureError("weights of one of the two networks are not finite, so there is nothing to align")
         raise MeasureError("activations or gradients are all zero, so there is nothing to align")
     least = min(told)
-    ranks = {name: (effective_rank(old[name]), effective_rank(new[name])) for name in names if old[name].ndim == 2}
+    ranks = {name: (rank_in_use(old[name]), rank_in_use(new[name])) for name in names if old[name].ndim == 2}
     verdict: Any = "lazy" if least >= lazy else "rich" if least < rich else "between"
     return Regime(change, change / size if size else math.nan, ra, ka, index, by_site, ranks, verdict)
 
@@ -144,14 +143,16 @@ def lazy_rich_index(initial: Tensor, now: Tensor) -> float:
     return 1 - kernel_alignment(initial, now)
 
 
-def effective_rank(weight: Tensor) -> float:
+def rank_in_use(weight: Tensor) -> float:
     r"""How many singular directions a matrix makes use of, :math:`(\sum_k \sigma_k)^2 / \sum_k \sigma_k^2`.
 
-    >>> effective_rank(torch.eye(4)), effective_rank(torch.ones(4, 3))
+    Not `actome.dynamics.effective_rank`, which is the exponential of their entropy.
+
+    >>> rank_in_use(torch.eye(4)), rank_in_use(torch.ones(4, 3))
     (4.0, 1.0)
     """
     if weight.ndim != 2:
-        raise MeasureError(f"an effective rank is of a matrix, not of {tuple(weight.shape)}")
+        raise MeasureError(f"a rank is of a matrix, not of {tuple(weight.shape)}")
     s = torch.linalg.svdvals(weight.double())
     return float(s.sum() ** 2 / s.square().sum()) if bool(s.any()) else 0.0
 
@@ -169,13 +170,3 @@ def _rows(model: Model, probes: Any) -> Any:
     if isinstance(probes, Tensor) and probes.is_floating_point():
         return probes
     return {name: one for name, one in model.arguments(probes)[0].items() if one is not None}
-
-
-def _chosen(known: Mapping[str, Tensor], patterns: str | Sequence[str]) -> list[str]:
-    chosen: dict[str, None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = [name for name in known if fnmatchcase(name, pattern)]
-        if not hits:
-            raise MeasureError(f"no parameter goes by {pattern!r}{nearest(pattern, known)}")
-        chosen.update(dict.fromkeys(hits))
-    return list(chosen)

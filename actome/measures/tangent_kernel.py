@@ -5,7 +5,7 @@ Letters: N probe, C output, R row (an output of a probe), P parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -188,12 +188,23 @@ def _chosen(module: nn.Module, patterns: str | Sequence[str] | None) -> list[str
         if not known:
             raise MeasureError(f"no parameter of this {type(module).__name__} asks for a gradient; name some")
         return known
-    names = [name for name, one in module.named_parameters() if one.is_floating_point()]
+    return parameters_named([name for name, one in module.named_parameters() if one.is_floating_point()], patterns)
+
+
+def parameters_named(known: Collection[str], patterns: str | Sequence[str]) -> list[str]:
+    """The names that go by some patterns, each once.
+
+    Raises:
+        MeasureError: a pattern that no parameter goes by, with the nearest that there are.
+
+    >>> parameters_named(["a.weight", "a.bias", "b.weight"], ["*.weight", "a.*"])
+    ['a.weight', 'b.weight', 'a.bias']
+    """
     found: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = [name for name in names if fnmatchcase(name, pattern)]
+        hits = [name for name in known if fnmatchcase(name, pattern)]
         if not hits:
-            raise MeasureError(f"no parameter goes by {pattern!r}{nearest(pattern, names)}")
+            raise MeasureError(f"no parameter goes by {pattern!r}{nearest(pattern, known)}")
         found.update(dict.fromkeys(hits))
     return list(found)
 
