@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from actome.report.console import MARK, STYLE, printed
+from actome.report.plots import spark
 from actome.report.scan import Scan, read_line
 from actome.report.words import evidence_of, grouped, kind_of, place_of, word
 
 if TYPE_CHECKING:
     from actome.report.compare import Comparison
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
 _MOST_LAYERS = 40
 _MOST_CHANGES = 20
 
@@ -197,7 +197,8 @@ def _heads(scan: Scan, stack: str, console: Console) -> Group | None:
         for grid, top in columns:
             values = grid.loc[layer].tolist() if layer in grid.index else []
             largest = max((v for v in values if not pd.isna(v)), default=math.nan)
-            cells.append(Text.assemble((_spark(values, top, console), "cyan"), f"  max {largest:.2f}"))
+            drawn = spark(values, 0.0, top, ascii=console.options.ascii_only)
+            cells.append(Text.assemble((drawn, "cyan"), f"  max {largest:.2f}"))
         table.add_row(str(layer), *cells)
     return Group(Text(f"Heads{f' of the {stack}' if stack else ''}", style="bold"), table, Text(""))
 
@@ -241,11 +242,3 @@ def _bar(value: float, top: float, width: int, console: Console) -> str:
         return ("#" * round(full)).ljust(width)
     eighths = " ▏▎▍▌▋▊▉"[int(full % 1 * 8)]
     return ("█" * int(full) + eighths.strip()).ljust(width)
-
-
-def _spark(values: Sequence[float], top: float, console: Console) -> str:
-    ramp = "_.-=+*#@" if console.options.ascii_only else _BLOCKS
-    last = len(ramp) - 1
-    return "".join(
-        " " if pd.isna(v) else ramp[max(0, min(last, int(v / top * len(ramp))))] for v in values
-    )  # fmt: skip
