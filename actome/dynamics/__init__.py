@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from .sink_dates import SinkEmergence, sink_emergence
     from .sinks import Sink, TensorBoardSink, TrackioSink, WandbSink
     from .smoothing import smooth
-    from .stopping import Stop, StoppedRuns, predictive_stop, stop_runs
+    from .stopping import PredictedStop, StoppedRuns, predictive_stop, stop_runs
     from .store import News, RunStore
     from .strategies import Strategy, StrategyPosterior, relative_distance, relative_distances
     from .trace_dates import Dated, date_curves
@@ -278,7 +278,7 @@ _HOMES = {
     ),
     "smoothing": ("smooth",),
     "stopping": (
-        "Stop",
+        "PredictedStop",
         "StoppedRuns",
         "predictive_stop",
         "stop_runs",
@@ -385,6 +385,7 @@ __all__ = [
     "PhaseChange",
     "Phases",
     "Plateau",
+    "PredictedStop",
     "PriorCurves",
     "QuantisationProbe",
     "RankOneTensor",
@@ -403,7 +404,6 @@ __all__ = [
     "SinkEmergence",
     "StepsRatio",
     "StepsTo",
-    "Stop",
     "StoppedRuns",
     "Strategy",
     "StrategyPosterior",

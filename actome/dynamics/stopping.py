@@ -16,7 +16,7 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
-class Stop:
+class PredictedStop:
     """Whether to stop a run, and why.
 
     Attributes:
@@ -41,7 +41,7 @@ class Stop:
 
 def predictive_stop(
     curve: Any, best: float, delta: float = 0.05, *, length: int, goal: Goal = "max", **how: Any
-) -> Stop:
+) -> PredictedStop:
     """Whether a run may be stopped: the chance that any one later value beats the best is below `delta`.
 
     Args:
@@ -71,7 +71,7 @@ def predictive_stop(
     chances = 1 - below if goal == "max" else below
     at = int(chances.argmax())
     chance = float(chances[at])
-    return Stop(chance < delta, chance, len(curve) + at + 1, forecast)
+    return PredictedStop(chance < delta, chance, len(curve) + at + 1, forecast)
 
 
 @dataclass(frozen=True)
