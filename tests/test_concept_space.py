@@ -223,6 +223,14 @@ def test_a_latent_push_adds_the_mean_difference_at_the_site_and_leaves_the_modul
         overprompt(high, torch.tensor([True]), torch.zeros(1), 2.0)
 
 
+def test_a_latent_direction_of_texts_is_over_their_tokens_and_not_over_padding():
+    model, site = ac.demo(), "blocks.1.resid.post"
+    high, low = ["x", "The value of the expression is returned"], ["import os"]
+    states = [torch.cat([model.record(text, site)[site][0] for text in texts]) for texts in (high, low)]
+    expected = states[0].mean(0) - states[1].mean(0)
+    torch.testing.assert_close(latent_direction(model, site, high, low), expected, rtol=1e-4, atol=1e-4)
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 

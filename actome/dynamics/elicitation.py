@@ -50,7 +50,7 @@ def overprompt(conditions: Tensor, about: Tensor, mean: Tensor, kappa: float) ->
 def latent_direction(model: Model, site: str, high: Any, low: Any) -> Tensor:
     """The mean difference of activations between two sets of inputs: what points from one class to the other.
 
-    Add it with ``ac.Add(site, direction, scale=...)``.
+    The means are over real tokens, without padding. Add it with ``ac.Add(site, direction, scale=...)``.
 
     Args:
         site: one site, with its units in the last dim.
@@ -71,7 +71,7 @@ def latent_direction(model: Model, site: str, high: Any, low: Any) -> Tensor:
         raise MeasureError(f"{site!r} names {len(sites)} sites; a direction belongs to one")
     means = []
     for inputs in (high, low):
-        rows = model.record(inputs, sites[0].name)[sites[0].name]
+        rows = model.record(inputs, sites[0].name).flat(sites[0].name)
         means.append(rows.float().flatten(0, -2).mean(0))
     return means[0] - means[1]
 
