@@ -317,6 +317,7 @@ def test_what_calibration_forecasts():
     labels = (rng.random(4000) < p).astype(int)
     found = RunVariance.from_calibration(np.stack([1 - p, p], 1), labels)
     assert found.independent == pytest.approx(found.two_class)
+    assert found.two_class_sd == pytest.approx(found.two_class**0.5)
     assert found.error == pytest.approx(2 * np.mean(p * (1 - p)))
     assert found.observed_error == pytest.approx(found.error, abs=0.03)
     assert found.gap < 0.03

@@ -79,6 +79,11 @@ def test_ranks_of_weights_and_of_their_changes():
     assert found.trace.curve("weight_rank_share").tolist() == pytest.approx(
         [dyn.effective_rank(net.linear[1].weight, True) for net in made.values()]
     )
+    summary = dyn.Convergence("module:linear.*").trace(made, X)
+    assert len(summary.summary) == 3
+    told = summary.rank_correlation(permutations=9, resamples=9)
+    expected = associated(summary.summary["weight_rank_share"], summary.summary["t90"], 9, 9)
+    assert {key: repr(one) for key, one in told.items()} == {key: repr(one) for key, one in expected.items()}
     change = dyn.effective_rank(made[1].linear[1].weight - made[0].linear[1].weight, True)
     assert found.trace.curve("update_rank_share")[1] == pytest.approx(change, rel=1e-4)
     with pytest.raises(ac.MeasureError, match="rank of a matrix"):
