@@ -170,6 +170,6 @@ ENTRY = Entry(
     "on digit classifiers it beats last value and power law, and stopping by it saves 30 % of epochs for 0.01 of "
     "accuracy.",
     test=test,
-    takes={"smoke": "about 5 seconds", "small": "about a minute and a half"},
+    takes={"smoke": "about 5 seconds", "small": "about two minutes"},
     open="The network of the original size (12 layers of width 512) and its benchmarks of learning curves.",
 )

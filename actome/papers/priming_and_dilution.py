@@ -178,7 +178,7 @@ ENTRY = Entry(
     "weaker in other themes; leaving out the top 8 % of updates takes 15 % off the median S_prime, a random 8 % less "
     "than 8 %; a stepping stone lowers it in every seed. Controls: a keyword that was not taught; equal knowledge.",
     test=test,
-    takes={"smoke": "about 3 seconds", "small": "about a minute and a half"},
+    takes={"smoke": "about 3 seconds", "small": "two and a half minutes"},
     open="The break near a probability of 1e-3 is out of this world's range (0.003 and up); pretrained models; chains "
     "of facts.",
 )
