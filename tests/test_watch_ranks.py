@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,12 @@ def _rank(rank: int, ranks: int, where: str) -> None:
     panel = {"blocks.*.resid.post": [ac.measures.ActivationScale()]}
     with ac.watch(wrapped, panel, text=PROBE, run=f"{where}/auto", budget=0.9, steps=STEPS) as watch:
         _train(wrapped, watch, rank, ranks)
+    # The network goes before its group: torch's reducer, were it the last to let go of a group, may wait for ever for a
+    # thread that waits for the interpreter.
+    network = weakref.ref(wrapped)
+    del wrapped, watch
+    gc.collect()
+    assert network() is None
     dist.destroy_process_group()
 
 
