@@ -192,7 +192,7 @@ def test_phases_of_planted_turns():
     assert dyn.geometry_phases(steps, np.full(len(steps), 5.0)).names == ["no movement"]
     for args, said in (
         ((steps[:4], rank[:4]), "six steps"), ((steps, rank[:-1]), "one of each a step"),
-        ((steps[::-1], rank), "steps must rise"),
+        ((steps[::-1], rank), "steps must be finite and rise"),
     ):  # fmt: skip
         with pytest.raises(ac.MeasureError, match=said):
             dyn.geometry_phases(*args)
