@@ -22,7 +22,7 @@ from .contrast import Contrast, Examples
 from .controls import dealt
 from .likelihood import text_nll
 from .manifold import Manifold
-from .preference import Pairs, odds, scaled
+from .preference import Pairs, at_strength, odds
 from .states import states
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class _Lab:
             if self.bare is None:
                 self.bare = self._measured()
             return self.bare
-        with self.model.clamp(scaled(clamp, strength)):
+        with at_strength(self.model, clamp, strength):
             return self._measured()
 
     def _measured(self) -> dict[str, tuple[float, float, float]]:
@@ -246,14 +246,11 @@ def _recommend(frame: pd.DataFrame, allowed: float) -> tuple[str | None, float |
 def _judge(lab: _Lab, pairs: Pairs, clamp: Add, controls: Sequence[Add], strength: float) -> dict[str, Any]:
     """Figures on pairs that were not used to choose."""
 
-    def preference(one: Add | None) -> np.ndarray:
-        options = {"per_token": lab.per_token, "batch_size": lab.batch_size}
-        if one is None:
-            return odds(lab.model, pairs, **options).preference.numpy()
-        with lab.model.clamp(scaled(one, strength)):
-            return odds(lab.model, pairs, **options).preference.numpy()
+    def preference(one: Add, times: float = strength) -> np.ndarray:
+        with at_strength(lab.model, one, times):
+            return odds(lab.model, pairs, per_token=lab.per_token, batch_size=lab.batch_size).preference.numpy()
 
-    bare, steered = preference(None), preference(clamp)
+    bare, steered = preference(clamp, 0.0), preference(clamp)
     gains = [float((preference(one) - bare).mean()) for one in controls]
     return {
         "pairs": len(pairs),

@@ -10,8 +10,9 @@ Source: Why Steering Works: Toward a Unified View of Language Model Parameter Dy
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,19 +112,15 @@ def preference_utility(
 
     rows = []
     for multiplier in multipliers:
-        found = with_strength(
-            model, clamp, multiplier, lambda: odds(model, pairs, per_token=per_token, batch_size=batch_size)
-        )
+        with at_strength(model, clamp, multiplier):
+            found = odds(model, pairs, per_token=per_token, batch_size=batch_size)
         rows.append((multiplier, float(found.preference.mean()), float(found.utility.mean())))
     return pd.DataFrame(rows, columns=["multiplier", "preference", "utility"])
 
 
-def with_strength(model, clamp, multiplier, what):  # type: ignore[no-untyped-def]
-    """What a function gives under a multiple of a clamp; without the clamp for zero."""
-    if multiplier == 0:
-        return what()
-    with model.clamp(scaled(clamp, multiplier)):
-        return what()
+def at_strength(model: Model, clamp: Clamp, multiplier: float) -> AbstractContextManager[Any]:
+    """The context of a multiple of a clamp's strength; of no clamp for zero."""
+    return nullcontext() if multiplier == 0 else model.clamp(scaled(clamp, multiplier))
 
 
 def scaled(clamp: Clamp, multiplier: float) -> Clamp:
