@@ -54,6 +54,53 @@ def test_from_examples_to_a_checkpoint(files, capsys):
     )
 
 
+def test_a_judgement_with_everything(files, capsys):
+    assert fit(files, "--quiet") == 0
+    question = {"prompt": "def f(x):", "answers": [" return", " cat"], "right": 0}
+    (files / "task.jsonl").write_text("\n".join([json.dumps(question)] * 3))
+    judged = ["steer", "eval", "demo", "--clamp", str(files / "clamp"), "--pairs", str(files / "pairs.jsonl"),
+              "--task", str(files / "task.jsonl"), "--text", str(files / "prose.txt"), "--sites",
+              "blocks.{1..2}.resid.post", "--positions", "all,last", "--strengths", "1,30",
+              "--random", "1"]  # fmt: skip
+    shuffled = ["--positive", str(files / "code.txt"), "--negative", str(files / "prose.txt")]
+    assert main([*judged, *shuffled, "--html", str(files / "page.html"), "--json", str(files / "e.json")]) == 0
+    said = capsys.readouterr().out
+    assert "comes apart: strength 30 at blocks.1.resid.post (all)" in said
+    assert "actome steer" in (files / "page.html").read_text()
+    data = json.loads((files / "e.json").read_text())
+    places = {(row["site"], row["positions"], row["arm"]) for row in data["rows"]}
+    assert len(places) == 2 * 2 * 3
+    assert {row["measure"] for row in data["rows"]} >= {"preference", "utility", "nll", "accuracy", "repetition"}
+    assert main([*judged, "--positive", str(files / "code.txt")]) == 2
+    assert "both --positive and --negative" in capsys.readouterr().err
+    assert main([*judged[:-6], "--positions", "everywhere"]) == 1
+    assert "no placing 'everywhere'; choose all, prompt, last, response" in capsys.readouterr().err
+    assert main([*judged[:7], "--sites", "embed"]) == 1
+    assert "was not fitted at" in capsys.readouterr().err
+    (files / "task.jsonl").write_text('{"prompt": "a", "answers": ["b"], "right": "b"}')
+    assert main(judged) == 1
+    assert "line 1: give answers, a list of texts" in capsys.readouterr().err
+
+
+def test_transport_from_fit_to_apply(files, capsys):
+    assert fit(files, "--method", "transport-mean") == 0
+    assert "fitted: 2 maps, blocks.1.resid.post, blocks.2.resid.post" in capsys.readouterr().out
+    judged = ["steer", "eval", "demo", "--clamp", str(files / "clamp"), "--pairs", str(files / "pairs.jsonl"),
+              "--strengths", "1", "--positive", str(files / "code.txt"), "--negative", str(files / "prose.txt"),
+              "--json", "-"]  # fmt: skip
+    assert main(judged) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {row["arm"] for row in data["rows"]} == {"fitted", "shuffled"}
+    applied = ["steer", "apply", "demo", "--clamp", str(files / "clamp"), "--prompt", "The", "--new-tokens", "2"]
+    assert main(applied) == 0
+    assert main(["steer", "export", "demo", "--clamp", str(files / "clamp"), "--gguf", str(files / "v.gguf")]) == 1
+    header = json.loads((files / "clamp" / "clamps.json").read_text())
+    header["about"] = {}
+    (files / "clamp" / "clamps.json").write_text(json.dumps(header))
+    assert main(judged) == 1
+    assert "does not say how it was fitted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [

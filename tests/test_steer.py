@@ -1,6 +1,7 @@
 """Directions against closed forms, and contrasts against a persona that was planted in a small model."""
 
 import numpy as np
+import personas
 import pytest
 import torch
 
@@ -12,15 +13,11 @@ from actome.steer import (
     Manifold,
     Pairs,
     direction,
-    evaluate,
     gap,
     odds,
-    preference_utility,
     states,
 )
 from actome.steer.likelihood import response_nll, text_nll
-from actome.tasks import Subject, SubjectConfig, train
-from actome.tasks.persona import BAD, GOOD, PersonaWorld
 
 
 def drawn(seed, *shape):
@@ -181,18 +178,9 @@ def test_log_odds_by_hand():
 # -- a planted persona ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def persona():
-    world = PersonaWorld(system=0.5, seed=3)
-    text = world.pretrain_stream(32 * 400, 6, seed=11)
-    subject = Subject.fresh(SubjectConfig(vocab=world.vocab, d_model=64, heads=4, layers=3, context=32), seed=5)
-    train(subject, (text.tokens, text.answers), steps=400, batch_size=32, lr=3e-3, seed=7)
-    good, bad, neutral = (world.probe(system=system) for system in (GOOD, BAD, 0))
-    order = torch.randperm(len(good.prompts), generator=torch.Generator().manual_seed(1))
-    fit, test = order[:36], order[36:]
-    examples = Examples(bad.prompts[fit], good.prompts[fit])
-    pairs = Pairs(neutral.prompts[test], neutral.bad[test, None], neutral.good[test, None])
-    return ac.wrap(subject), examples, pairs, (bad.prompts[test], good.prompts[test])
+@pytest.fixture(scope="module", name="persona")
+def persona_():
+    return personas.persona()
 
 
 @pytest.mark.parametrize("method", ["means", "lda", "pca", "logistic"])
@@ -218,65 +206,6 @@ def test_taking_the_direction_out_makes_personas_alike(persona):
     with model.clamp(clamp.ablate()):
         apart = clamp.monitor(model, bad).mean() - clamp.monitor(model, good).mean()
     assert abs(float(apart)) < 1e-3 * float(clamp.value.norm())
-
-
-def test_evaluation_tells_the_fitted_direction_from_chance(persona):
-    model, examples, pairs, _ = persona
-    estimator = Contrast("blocks.*.resid.post")
-    clamp = estimator.fit(model, examples).to("blocks.1.resid.post")
-    options = {"strengths": (-1, 0.5, 1, 4), "random": 3, "shuffled": 2, "estimator": estimator, "data": examples}
-    found = evaluate(model, clamp, pairs, new_tokens=0, **options)
-    assert (found.site, found.strength is not None) == ("blocks.1.resid.post", True)
-    low = found.held_out["gain"][1]
-    assert low > max(found.held_out["random_gains"]) + 1
-    wrong = found.curve("preference", arm="shuffled").set_index("strength")
-    fitted = found.curve("preference").set_index("strength")
-    assert fitted.value[1.0] - fitted.value[0.0] > 2 * (wrong.high[1.0] - wrong.value[0.0]) + 1
-    off = found.curve("off_manifold").set_index("strength").value
-    assert off[4.0] > off[1.0] > off[0.0]
-    again = evaluate(model, clamp, pairs, new_tokens=0, **options)
-    assert again.frame.equals(found.frame)
-
-
-def test_a_sweep_over_sites_recommends_one_of_them(persona):
-    model, examples, pairs, _ = persona
-    clamp = Contrast("blocks.*.resid.post").fit(model, examples)
-    sites = list(clamp.directions)
-    found = evaluate(model, clamp, pairs, sites=sites, strengths=(1,), random=1, new_tokens=0)
-    assert set(found.frame["site"]) == set(sites)
-    gains = {site: found.curve("preference", site=site).value.diff().iloc[-1] for site in sites}
-    assert found.site == max(gains, key=gains.get)
-    with pytest.raises(MeasureError, match="was not fitted at"):
-        evaluate(model, clamp, pairs, sites=["embed"])
-
-
-def test_a_direction_that_does_nothing_is_not_recommended(persona):
-    model, _, pairs, _ = persona
-    found = evaluate(model, ac.Add("blocks.1.resid.post", 1e-4 * drawn(4, 64)), pairs, strengths=(1,), new_tokens=0)
-    assert found.site is None
-    assert "controls raise" in found.why or "no strength" in found.why
-
-
-def test_damage_forbids_a_strength(persona):
-    model, examples, pairs, _ = persona
-    clamp = Contrast("blocks.1.resid.post").fit(model, examples)
-    text = torch.cat([pairs.prompts, pairs.wanted], 1)
-    found = evaluate(model, clamp, pairs, text=text, strengths=(40,), random=1, new_tokens=4, allowed=0.0)
-    assert found.strength is None
-    assert "every strength raises" in found.why
-
-
-def test_bad_input_of_evaluation(persona):
-    model, examples, pairs, _ = persona
-    clamp = Contrast("blocks.1.resid.post").fit(model, examples)
-    with pytest.raises(MeasureError, match="3 pairs are too few"):
-        evaluate(model, clamp, pairs.part([0, 1, 2]))
-    with pytest.raises(MeasureError, match="not Scale"):
-        evaluate(model, ac.Scale("embed", 2.0), pairs)
-    with pytest.raises(MeasureError, match="both estimator"):
-        evaluate(model, clamp, pairs, estimator=Contrast())
-    with pytest.raises(MeasureError, match="has no scale"):
-        preference_utility(model, ac.Mask("embed", True), pairs, (1.0,))
 
 
 def test_off_the_manifold_is_far():

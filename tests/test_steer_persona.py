@@ -1,5 +1,6 @@
 """Persona vectors on a world whose persona is known, and several clamps at once."""
 
+import personas
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -10,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 import actome as ac
 from actome.core.errors import MeasureError
 from actome.steer import Contrast, Examples, Pairs, PersonaVector, Trait, interference, odds, prevent, screen, shift
-from actome.tasks import Subject, SubjectConfig, train
-from actome.tasks.persona import ASK, BAD, GOOD, NEUTRAL, PersonaWorld
+from actome.tasks import Subject, train
+from actome.tasks.persona import ASK, BAD, GOOD, NEUTRAL
 
 
 def words(ids):
@@ -20,10 +21,7 @@ def words(ids):
 
 @pytest.fixture(scope="module")
 def lab():
-    world = PersonaWorld(system=0.5, seed=3)
-    text = world.pretrain_stream(32 * 400, 6, seed=11)
-    subject = Subject.fresh(SubjectConfig(vocab=world.vocab, d_model=64, heads=4, layers=3, context=32), seed=5)
-    train(subject, (text.tokens, text.answers), steps=400, batch_size=32, lr=3e-3, seed=7)
+    world, subject = personas.trained()
     tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(world.vocab)}, unk_token="t0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0")

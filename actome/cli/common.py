@@ -150,10 +150,15 @@ def make_room(path: str | None) -> Path | None:
     return Path(path)
 
 
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Whether somebody looks: not with --quiet, and not when piped."""
+    return not args.quiet and sys.stderr.isatty()
+
+
 @contextlib.contextmanager
 def progress(args: argparse.Namespace, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """A bar on standard error; the value is called with how much is done. Silent with --quiet and when piped."""
-    if args.quiet or not sys.stderr.isatty():
+    if not shows_progress(args):
         yield lambda done: None
         return
     from rich.console import Console

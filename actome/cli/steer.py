@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from actome.cli.common import (
     UsageError,
@@ -14,15 +15,20 @@ from actome.cli.common import (
     make_room,
     open_model,
     positive,
-    progress,
+    shows_progress,
+    whole,
 )
 
 if TYPE_CHECKING:
     from actome.core.clamp import Clamp
     from actome.core.model import Model
+    from actome.steer import Evaluation
+    from actome.steer.controls import Estimator
 
-_METHODS = ("means", "lda", "pca", "logistic")  # said again here, since the estimators are imported only when run
+# Said again here, since the estimators are imported only when run.
+_METHODS = ("means", "lda", "pca", "logistic", "transport", "transport-mean", "transport-gaussian")
 _OVERS = ("last", "mean", "response", "prompt")
+_PLACINGS = ("all", "prompt", "last", "response")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -46,10 +52,20 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     _clamp_option(judge)
     judge.add_argument("--pairs", required=True, metavar="FILE", help=".jsonl with prompt, wanted and unwanted")
     judge.add_argument("--text", metavar="FILE", help="held-out text, one document a line, whose loss must not rise")
+    judge.add_argument("--task", metavar="FILE", help=".jsonl with prompt, answers, right; must not suffer")
     judge.add_argument("--strengths", default="-1,0.5,1,1.5,2,3,4", metavar="A,B,...", help="default: %(default)s")
-    judge.add_argument("--random", type=positive, default=5, metavar="N", help="random directions; default 5")
+    judge.add_argument("--sites", metavar="PATTERN", help="try it at these sites, of those where it was fitted")
+    judge.add_argument(
+        "--positions", default="all", metavar="A,B,...", help=f"try it at these tokens: {', '.join(_PLACINGS)}"
+    )
+    judge.add_argument(
+        "--positive", metavar="FILE", help="with --negative, what it was fitted to; shuffled as a control"
+    )
+    judge.add_argument("--negative", metavar="FILE", help="see --positive")
+    judge.add_argument("--random", type=whole, default=5, metavar="N", help="random directions; default 5")
     judge.add_argument("--per-token", action="store_true", help="compare nats a token, for long responses")
     judge.add_argument("--json", metavar="FILE", help="write the curves; - is standard output")
+    judge.add_argument("--html", metavar="FILE", help="write a page with the curves")
 
     apply = _part(parts, "apply", _apply, "generate with and without a clamp")
     _clamp_option(apply)
@@ -78,65 +94,117 @@ def _clamp_option(parser: argparse.ArgumentParser) -> None:
 
 def _fit(args: argparse.Namespace) -> int:
     from actome.clamps import save_clamps
-    from actome.steer import Contrast, Examples
+    from actome.steer import Examples, Steering
     from actome.steer.files import read_examples
 
     examples = Examples(read_examples(args.positive), read_examples(args.negative))
     model = open_model(args)
-    clamp = Contrast(args.sites, args.method, args.over).fit(model, examples)
-    folder = save_clamps(args.out, clamp, model=model, about=dict(clamp.about or {}), overwrite=args.overwrite)
+    how = {"method": args.method, "over": args.over, "sites": args.sites}
+    clamp = _estimator(how).fit(model, examples)
+    known = getattr(clamp, "about", None) or {}
+    folder = save_clamps(args.out, clamp, model=model, about={**known, **how}, overwrite=args.overwrite)
     if not args.quiet:
-        print(clamp.table.to_string(index=False, float_format="%.3f"))
-        print(f"chosen: {clamp.site}, the best separation of examples that were not fitted on")
+        if isinstance(clamp, Steering):
+            print(clamp.table.to_string(index=False, float_format="%.3f"))
+            print(f"chosen: {clamp.site}, the best separation of examples that were not fitted on")
+        else:
+            print(f"fitted: {len(clamp)} maps, {', '.join(one.site for one in clamp)}")
         print(f"written: {folder}")
     return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from actome.steer import evaluate
-    from actome.steer.files import read_examples, read_pairs
+    from actome.steer import Examples, evaluate
+    from actome.steer.files import how_fitted, read_choices, read_examples, read_pairs
 
     strengths = _numbers(args.strengths)
+    if (args.positive is None) != (args.negative is None):
+        raise UsageError("the control with shuffled labels needs both --positive and --negative")
     pairs = read_pairs(args.pairs)
     text = None if args.text is None else read_examples(args.text)
+    task = None if args.task is None else read_choices(args.task)
+    data = None
+    if args.positive is not None:
+        data = Examples(read_examples(args.positive), read_examples(args.negative))
     out = None if args.json == "-" else make_room(args.json)
+    page = make_room(args.html)
     model = open_model(args)
-    clamp = _one(args, model)
-    with progress(args, "strengths") as tell:
-        found = evaluate(
-            model,
-            clamp,  # type: ignore[arg-type]
-            pairs,
-            text=text,
-            strengths=strengths,
-            random=args.random,
-            per_token=args.per_token,
-            progress=lambda done, of: tell(done),
-        )
-    data = {
-        "site": found.site,
-        "strength": found.strength,
-        "why": found.why,
-        "held_out": found.held_out,
-        "about": found.about,
-        "rows": json.loads(found.frame.to_json(orient="records")),
-    }
-    written = json.dumps(data, indent=1) + "\n"
+    clamps = _clamps(args, model)
+    sites = None if args.sites is None else [site.name for site in model.match(args.sites)]
+    found = evaluate(
+        model,
+        clamps,
+        pairs,
+        text=text,
+        task=task,
+        strengths=strengths,
+        sites=sites,
+        positions=args.positions.split(","),
+        estimator=None if data is None else _estimator(how_fitted(args.clamp)),
+        data=data,
+        random=args.random,
+        per_token=args.per_token,
+        progress=shows_progress(args),
+    )
+    if page:
+        from actome.report.steering_page import steering_page
+
+        steering_page(found, str(args.clamp)).save_html(page)
+    written = _judged_as_json(found) if args.json else ""
     if out:
         out.write_text(written, encoding="utf-8")
     elif args.json:
         sys.stdout.write(written)
     if not args.quiet and args.json != "-":
-        wide = found.frame.pivot_table(index=["arm", "strength"], columns="measure", values="value")
-        print(wide.to_string(float_format="%.3f"))
-        print(f"recommended: {'nothing' if found.strength is None else f'strength {found.strength:g}'} ({found.why})")
-        if found.held_out:
-            mean, low, high = found.held_out["gain"]
-            chance = max(found.held_out["random_gains"], default=float("nan"))
-            print(
-                f"on pairs held out: {mean:+.2f} nats ({low:+.2f} to {high:+.2f}); best random direction {chance:+.2f}"
-            )
+        _print_judged(found)
+        for path in filter(None, (out, page)):
+            print(f"written: {path}")
     return 0
+
+
+def _estimator(how: Mapping[str, Any]) -> Estimator:
+    """What `actome steer fit` fits with, by what it keeps beside a clamp."""
+    from actome.steer import ActivationTransport, Contrast
+
+    method = how["method"]
+    if method.startswith("transport"):
+        return ActivationTransport(how["sites"], kind=method.partition("-")[2] or "linear", over=how["over"])
+    return Contrast(how["sites"], method, how["over"])
+
+
+def _judged_as_json(found: Evaluation) -> str:
+    from actome.report.plain import strict
+
+    data = {
+        "site": found.site,
+        "positions": found.positions,
+        "strength": found.strength,
+        "why": found.why,
+        "collapsed": found.collapsed.to_dict("records"),
+        "held_out": found.held_out,
+        "samples": found.samples,
+        "about": found.about,
+        "rows": json.loads(found.frame.to_json(orient="records")),
+    }
+    return json.dumps(strict(data), indent=1, allow_nan=False) + "\n"
+
+
+def _print_judged(found: Evaluation) -> None:
+    places = found.frame[["site", "positions"]].drop_duplicates()
+    index = [*(("site", "positions") if len(places) > 1 else ()), "arm", "strength"]
+    print(found.frame.pivot_table(index=index, columns="measure", values="value").to_string(float_format="%.3f"))
+    for row in found.collapsed.to_dict("records"):
+        print(f"comes apart: strength {row['strength']:g} at {row['site']} ({row['positions']})")
+    if found.strength is None:
+        print(f"recommended: nothing ({found.why})")
+        return
+    print(f"recommended: strength {found.strength:g} at {found.site}, {found.positions} ({found.why})")
+    mean, low, high = found.held_out["gain"]
+    words = [f"{mean:+.2f} nats ({low:+.2f} to {high:+.2f})"]
+    for key, name in (("random_gains", "random direction"), ("shuffled_gains", "of shuffled labels")):
+        if found.held_out[key]:
+            words.append(f"best {name} {max(found.held_out[key]):+.2f}")
+    print(f"on pairs held out: {'; '.join(words)}")
 
 
 def _apply(args: argparse.Namespace) -> int:
@@ -176,13 +244,6 @@ def _clamps(args: argparse.Namespace, model: Model) -> list[Clamp]:
     from actome.steer.files import read_clamps
 
     return read_clamps(args.clamp, model)
-
-
-def _one(args: argparse.Namespace, model: Model) -> Clamp:
-    found = _clamps(args, model)
-    if len(found) > 1:
-        raise UsageError(f"{args.clamp} holds {len(found)} clamps; a dose-response is of one")
-    return found[0]
 
 
 def _numbers(words: str) -> list[float]:

@@ -61,7 +61,7 @@ from .spikes import Spikes
 from .steps import PerceptualReward, StepSegmenter
 from .stiffness import Stiffness
 from .tangent_kernel import tangent_kernel
-from .token_collapse import AttentionProgress, RepetitionFrequency, TokenCollapse, repetition
+from .token_collapse import AttentionProgress, RepetitionFrequency, TokenCollapse, ngram_repetition, repetition
 from .trajectory import LatentTrajectory, TrajectorySignals, trajectory_signals
 from .uncertainty import TokenUncertainty, token_uncertainty
 from .v_information import v_information
@@ -179,6 +179,7 @@ __all__ = [
     "meanings",
     "measure_invariance",
     "near_collapse_model",
+    "ngram_repetition",
     "outlier_dimensions",
     "permutation_groups",
     "permuted",

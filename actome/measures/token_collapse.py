@@ -199,6 +199,28 @@ def repetition(ids_BT: Tensor, mask_BT: Tensor | None = None) -> float:
     return float(ratio(repeats, pairs))
 
 
+def ngram_repetition(ids_BT: Tensor, n: int = 4) -> Tensor:
+    """Share of each row's n-grams that stood in the row before, (B): near 0 for good text, near 1 for a loop.
+
+    Args:
+        ids_BT: what was generated, the same length in every row.
+        n: length of the n-grams; of shorter rows as many tokens as there are.
+
+    Source: Welleck et al. 2020, Neural Text Generation with Unlikelihood Training, section 6.1 (seq-rep-n).
+
+    >>> ngram_repetition(torch.tensor([[1, 2, 1, 2, 1, 2], [1, 2, 3, 4, 5, 6]]), n=2)
+    tensor([0.6000, 0.0000], dtype=torch.float64)
+    """
+    if ids_BT.ndim != 2 or n < 1:
+        raise MeasureError(f"ngram_repetition takes token ids (batch, pos) and n >= 1, not {tuple(ids_BT.shape)}, {n}")
+    length = ids_BT.shape[1]
+    if not length:
+        return torch.full((len(ids_BT),), float("nan"), dtype=torch.float64)
+    grams = ids_BT.cpu().unfold(1, min(n, length), 1)
+    unique = [len(torch.unique(row, dim=0)) for row in grams]
+    return 1 - torch.tensor(unique, dtype=torch.float64) / grams.shape[1]
+
+
 def _neighbours(ids_BT: Tensor, counts_BT: Tensor) -> tuple[Tensor, Tensor]:
     both = counts_BT[:, 1:] & counts_BT[:, :-1]
     return (both & (ids_BT[:, 1:] == ids_BT[:, :-1])).sum(), both.sum()

@@ -7,13 +7,15 @@
 - `WeightedController`, `Controlled` (`controller`): a small network sets the strength, by layer
 - `Condition`, `Similar`, `Rule`, `when` (`conditions`): steer only when the prompt says so
 - `bake`, `to_gguf`, `from_gguf` (`baking`, `gguf`): constant clamps shipped without actome; `serving` has a server
-- `evaluate`, `Evaluation`, `Pairs` (`evaluate`, `preference`): dose and response, with controls and a recommendation
+- `evaluate`, `Evaluation` (`evaluate`): dose and response, with controls and a recommendation
+- `Pairs`, `odds`, `Choices`, `accuracy` (`preference`, `choices`): what it is judged by
 - `interference` (`combine`): several clamps at once
-- `preference_utility`, `odds`, `Manifold` (`preference`, `manifold`): what it is made of
+- `preference_utility`, `Manifold` (`preference`, `manifold`): what it is made of
 - `direction`, `states` (`directions`, `states`): what estimators are made of
 """
 
 from .baking import Baked, bake
+from .choices import Choices, accuracy
 from .combine import Interference, interference
 from .conditions import Condition, Rule, Similar, when
 from .contrast import Contrast, Examples, Steering
@@ -31,6 +33,7 @@ from .transport import ActivationTransport, Transport
 __all__ = [
     "ActivationTransport",
     "Baked",
+    "Choices",
     "Condition",
     "Contrast",
     "Controlled",
@@ -49,6 +52,7 @@ __all__ = [
     "Transport",
     "TunedExperts",
     "WeightedController",
+    "accuracy",
     "bake",
     "direction",
     "evaluate",

@@ -13,7 +13,7 @@ import torch
 from actome.clamps import Add
 from actome.core.errors import MeasureError
 
-from .evaluate import interval
+from .lab import interval
 from .preference import Pairs, odds
 
 if TYPE_CHECKING:

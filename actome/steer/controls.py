@@ -3,57 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from actome.clamps import Add
+from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
 
-from .contrast import Contrast, Examples
+from .contrast import Examples
 from .states import count, is_pairs, subset
 
 if TYPE_CHECKING:
     from actome.core.model import Model
 
 
+class Estimator(Protocol):
+    """Fits a clamp, or several that act together, to two sets of examples."""
+
+    def fit(self, model: Model, data: Examples) -> Clamp | Sequence[Clamp]: ...
+
+
+class Arm(NamedTuple):
+    """Clamps that are tried together: the ``fitted`` ones at a site, or a draw of a control there."""
+
+    site: str
+    name: str
+    draw: int
+    clamps: list[Clamp]
+
+
 def dealt(
     model: Model,
-    clamp: Add,
+    clamps: Sequence[Clamp],
     sites: Sequence[str] | None,
-    estimator: Contrast | None,
+    estimator: Estimator | None,
     data: Examples | None,
     random: int,
     shuffled: int,
     seed: int,
-) -> list[tuple[str, int, Add]]:
-    """(arm, draw, clamp) for the fitted clamp at each site and its controls there."""
-    if sites is None:
-        fitted = [clamp]
-    elif hasattr(clamp, "to"):
-        fitted = [clamp.to(site) for site in sites]
-    else:
-        raise MeasureError(
-            f"a sweep over sites needs a clamp that was fitted at them, as Contrast gives, not {type(clamp).__name__}"
-        )
+) -> list[Arm]:
+    """The fitted clamps at each site, and their controls there."""
     if (estimator is None) != (data is None):
         raise MeasureError("the control with shuffled labels needs both estimator= and data=")
+    fitted = _at_sites(clamps, sites)
     generator = torch.Generator().manual_seed(seed)
-    arms: list[tuple[str, int, Add]] = []
-    for one in fitted:
-        arms.append(("fitted", 0, one))
-        value = torch.as_tensor(one.value)
-        for draw in range(random):
-            noise = torch.randn(value.shape, generator=generator)
-            arms.append(("random", draw, one.at(value=noise / noise.norm() * value.norm())))  # type: ignore[arg-type]
+    arms: list[Arm] = []
+    for site, some in fitted:
+        arms.append(Arm(site, "fitted", 0, some))
+        if all(isinstance(one, Add) and isinstance(one.value, Tensor) for one in some):
+            arms += [Arm(site, "random", i, [_random(one, generator) for one in some]) for i in range(random)]
     if estimator is not None and data is not None:
         for draw in range(shuffled):
-            mixed = _mixed(data, generator)
-            other = estimator.fit(model, mixed)
             # At its own length: what labels without meaning would have given.
-            arms += [("shuffled", draw, one.at(value=other.to(one.site).value)) for one in fitted]  # type: ignore[misc]
+            other = estimator.fit(model, _mixed(data, generator))
+            for site, some in fitted:
+                arms.append(Arm(site, "shuffled", draw, _like(some, other)))
     return arms
+
+
+def _at_sites(clamps: Sequence[Clamp], sites: Sequence[str] | None) -> list[tuple[str, list[Clamp]]]:
+    if sites is None:
+        return [(" + ".join(dict.fromkeys(one.site for one in clamps)), list(clamps))]
+    if len(clamps) != 1 or not hasattr(clamps[0], "to"):
+        kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in clamps))
+        raise MeasureError(
+            f"a sweep over sites needs one clamp that was fitted at them, as Contrast gives, not {kinds}"
+        )
+    return [(site, [clamps[0].to(site)]) for site in sites]
+
+
+def _random(clamp: Clamp, generator: torch.Generator) -> Clamp:
+    """The clamp with a random direction of the same norm."""
+    value = torch.as_tensor(clamp.value)  # type: ignore[attr-defined]
+    noise = torch.randn(value.shape, generator=generator)
+    return clamp.at(value=noise / noise.norm() * value.float().norm().cpu())
+
+
+def _like(fitted: Sequence[Clamp], other: Clamp | Sequence[Clamp]) -> list[Clamp]:
+    """What was fitted to shuffled labels, at the sites and with the gates and scales of what was fitted."""
+    if isinstance(other, Clamp):
+        if len(fitted) == 1 and hasattr(other, "to") and hasattr(fitted[0], "value"):
+            return [fitted[0].at(value=other.to(fitted[0].site).value)]
+        return [other]
+    return list(other)
 
 
 def _mixed(data: Examples, generator: torch.Generator) -> Examples:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actome.clamps import load_clamps
+from actome.clamps.saved import read_header
 from actome.core.clamp import Clamp
 from actome.core.errors import ClampError, MeasureError, nearest_beside
 
+from .choices import Choices
 from .gguf import from_gguf
 from .preference import Pairs
 
@@ -43,6 +45,22 @@ def read_pairs(path: str | Path) -> Pairs:
     return Pairs(*([row[name] for row in rows] for name in ("prompt", "wanted", "unwanted")))
 
 
+def read_choices(path: str | Path) -> Choices:
+    """Questions: JSON lines with ``prompt``, ``answers`` (texts) and ``right`` (which of them, from 0).
+
+    Raises:
+        MeasureError: no such file, nothing in it, or a line that lacks one of them.
+    """
+    path = Path(path)
+    rows = _json_lines(path, ("prompt",))
+    for number, row in enumerate(rows, 1):
+        answers, right = row.get("answers"), row.get("right")
+        texts = isinstance(answers, list) and all(isinstance(one, str) and one for one in answers)
+        if not texts or not isinstance(right, int) or isinstance(right, bool):
+            raise MeasureError(f"{path}, line {number}: give answers, a list of texts, and right, a place in it from 0")
+    return Choices([row["prompt"] for row in rows], [row["answers"] for row in rows], [row["right"] for row in rows])
+
+
 def read_clamps(path: str | Path, model: Model) -> list[Clamp]:
     """Clamps from a folder that `save_clamps` wrote, or from a GGUF control vector.
 
@@ -53,6 +71,19 @@ def read_clamps(path: str | Path, model: Model) -> list[Clamp]:
     if path.is_file() and path.suffix != ".gguf":
         raise ClampError(f"{path} is neither a folder with clamps nor a .gguf file")
     return list(from_gguf(path, model)) if path.suffix == ".gguf" else load_clamps(path, model)
+
+
+def how_fitted(path: str | Path) -> dict[str, Any]:
+    """How the clamps in a folder were fitted: method, over and sites, as `actome steer fit` keeps them.
+
+    Raises:
+        ClampError: a folder, or a file, that does not say.
+    """
+    path = Path(path)
+    about = read_header(path).get("about") if path.is_dir() else None
+    if not isinstance(about, dict) or not {"method", "over", "sites"} <= about.keys():
+        raise ClampError(f"{path} does not say how it was fitted, so that it cannot be fitted to shuffled labels")
+    return about
 
 
 def _lines(path: Path) -> list[str]:
@@ -67,7 +98,7 @@ def _lines(path: Path) -> list[str]:
     return found
 
 
-def _json_lines(path: Path, names: tuple[str, ...]) -> list[dict[str, str]]:
+def _json_lines(path: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(_lines(path), 1):
         try:

@@ -5,12 +5,16 @@ Letters: N prompts or rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from actome.core.clamp import Clamp
 from actome.measures.spans import Texts, spans
+
+from .placing import Placing, active, while_scoring
 
 if TYPE_CHECKING:
     from actome.core.model import Model
@@ -29,9 +33,20 @@ class Likelihoods(NamedTuple):
 
 
 def response_nll(
-    model: Model, prompts: Texts, responses: Texts, *, batch_size: int = 16, grad: bool = False
+    model: Model,
+    prompts: Texts,
+    responses: Texts,
+    *,
+    clamps: Sequence[Clamp] = (),
+    placing: Placing = "all",
+    batch_size: int = 16,
+    grad: bool = False,
 ) -> Likelihoods:
     """Negative log-likelihood of each response after its prompt; with `grad` also for a backward pass.
+
+    Args:
+        clamps, placing: active beside those that are, at ``"all"`` tokens, those of the ``"prompt"``, its ``"last"``
+            one, or those from which the ``"response"`` is predicted.
 
     Raises:
         MeasureError: not as many responses as prompts, or an empty one.
@@ -43,7 +58,8 @@ def response_nll(
     """
     sums, counts = [], []
     for one in spans(prompts, responses, model.tokenizer, batch_size):
-        logits_NV = model.logits(one.batch, grad=grad)[one.before.to(model.device)].float()
+        with active(model, while_scoring(clamps, placing, one)):
+            logits_NV = model.logits(one.batch, grad=grad)[one.before.to(model.device)].float()
         targets_N = one.targets.to(logits_NV.device)
         nll_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").double().cpu()
         sums.append(torch.zeros(len(one.prompt), dtype=torch.float64).index_add_(0, one.row, nll_N))

@@ -51,8 +51,9 @@ class Manifold:
     def distance(self, states_ND: Tensor) -> Tensor:
         """Root of the squared distance over what is usual, (N): about 1 for clean states.
 
-        >>> clean = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)) @ torch.randn(4, 16)
-        >>> off = Manifold.fit(clean + 0.01 * torch.randn(400, 16)).distance(clean + 1.0)
+        >>> noise = torch.Generator().manual_seed(0)
+        >>> clean = torch.randn(400, 4, generator=noise) @ torch.eye(4, 16)
+        >>> off = Manifold.fit(clean + 0.01 * torch.randn(400, 16, generator=noise)).distance(clean + 1.0)
         >>> bool(off.mean() > 5)
         True
         """

@@ -22,6 +22,7 @@ from actome.core.errors import MeasureError
 from actome.measures.spans import Texts
 
 from .likelihood import response_nll
+from .placing import Placing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,15 +67,24 @@ class Odds(NamedTuple):
     utility: Tensor
 
 
-def odds(model: Model, pairs: Pairs, *, per_token: bool = False, batch_size: int = 16) -> Odds:
+def odds(
+    model: Model,
+    pairs: Pairs,
+    *,
+    clamps: Sequence[Clamp] = (),
+    placing: Placing = "all",
+    per_token: bool = False,
+    batch_size: int = 16,
+) -> Odds:
     """Preference and utility log-odds of each pair, under whatever clamps are active.
 
     Args:
+        clamps, placing: active beside those; see `response_nll`.
         per_token: likelihoods as nats a token, for responses of many tokens and of different lengths. Their masses
             then need not sum to less than one, and utility is that of their mean.
     """
     good, bad = (
-        response_nll(model, pairs.prompts, responses, batch_size=batch_size)
+        response_nll(model, pairs.prompts, responses, clamps=clamps, placing=placing, batch_size=batch_size)
         for responses in (pairs.wanted, pairs.unwanted)
     )
     wanted, unwanted = (good.mean, bad.mean) if per_token else (good.nll, bad.nll)

@@ -1,0 +1,2 @@
+// For pages whose figures need nothing but drawing.
+actome.start();
