@@ -5,15 +5,19 @@ import pytest
 import torch
 
 import actome as ac
-from actome.core.errors import MeasureError
+from actome.core.errors import MeasureError, TextError
 from actome.measures import ngram_repetition
 from actome.steer import (
     ActivationTransport,
     Choices,
     Contrast,
+    Examples,
+    ExpertTuner,
+    Pairs,
     Similar,
     accuracy,
     evaluate,
+    interference,
     preference_utility,
 )
 from actome.steer.likelihood import response_nll
@@ -194,6 +198,48 @@ def test_ngram_repetition_by_hand():
     assert got.tolist() == pytest.approx([20 / 21, 0.0, 18 / 21])
     assert ngram_repetition(ids[:, :2]).tolist() == [0.0, 0.0, 0.0]
     assert bool(ngram_repetition(ids[:, :0]).isnan().all())
+
+
+def test_several_at_once_of_any_kind(persona):
+    model, examples, pairs, _ = persona
+    vector = Contrast("blocks.1.resid.post").fit(model, examples)
+    maps = ActivationTransport("blocks.{1..2}.resid.post", over="last").fit(model, examples)
+    found = interference(model, {"vector": vector, "maps": maps}, {"persona": pairs})
+    assert found.effects["effect"].min() > 1
+    assert found.cosines.isna().to_numpy().tolist() == [[False, True], [True, True]]
+    # Each leads to the same place, so that the second adds little.
+    assert bool((found.interference["marginal"] < found.interference["alone"]).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strengths": ["a"]}, "finite numbers"),
+        ({"strengths": [float("nan")]}, "finite numbers"),
+        ({"strengths": [0]}, "one at least that is not zero"),
+        ({"random": -1}, "numbers of draws"),
+        ({"text": torch.tensor([[3]])}, "no token that follows another"),
+        ({"text": []}, "no token that follows another"),
+    ],
+)
+def test_bad_options_of_evaluation(persona, options, words):
+    model, examples, pairs, _ = persona
+    clamp = Contrast("blocks.1.resid.post").fit(model, examples)
+    with pytest.raises(MeasureError, match=words):
+        evaluate(model, clamp, pairs, **{"strengths": (1,), "random": 0, "new_tokens": 0, **options})
+
+
+def test_what_is_no_data_is_refused(persona):
+    model, examples, *_ = persona
+    for estimator in (Contrast("blocks.1.resid.post"), ActivationTransport("blocks.1.resid.post"), ExpertTuner()):
+        with pytest.raises(MeasureError, match="fit takes Examples"):
+            estimator.fit(model, (examples.positive, examples.negative))
+    with pytest.raises(MeasureError, match="prompts='a' is one text"):
+        Pairs("a", ["b"], ["c"])
+    with pytest.raises(TextError, match="token id [0-9]+ is not among the 126"):
+        Contrast("blocks.1.resid.post").fit(model, Examples(examples.positive + 999 - 2, examples.negative))
+    with pytest.raises(TextError, match="token id -1 is not among the"):
+        model.logits([[-1, 3]])
 
 
 def test_bad_input_of_evaluation(persona):

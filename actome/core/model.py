@@ -281,16 +281,35 @@ class Model:
                     f"token ids are integers of shape (pos) or (batch, pos), one token at least, not {shape}"
                 )
             ids = inputs if inputs.ndim == 2 else inputs[None]
+            self._check_vocabulary(ids)
             return self._text_arguments(ids.to(self.device), None), ids, None
         else:
             from .tokens import encode
 
             batch = encode(inputs, self.tokenizer)
+        self._check_vocabulary(batch.ids)
         ids = batch.ids.to(self.device)
         mask = batch.mask.to(self.device) if batch.mask is not None else None
         if mask is not None and padding == "left":
             ids, mask = _pad_left(ids, mask)
         return self._text_arguments(ids, mask), ids, mask
+
+    def _check_vocabulary(self, ids: Tensor) -> None:
+        """Refuses ids that the embedding does not have. On a device they are not looked at, since that would wait."""
+        if ids.device.type != "cpu" or self._vocabulary is None or not ids.numel():
+            return
+        low, high = ids.aminmax()
+        if int(low) < 0 or int(high) >= self._vocabulary:
+            wrong = int(low) if int(low) < 0 else int(high)
+            raise TextError(f"token id {wrong} is not among the {self._vocabulary:,} that {self.name} knows")
+
+    @cached_property
+    def _vocabulary(self) -> int | None:
+        """How many token ids the model knows, where that can be seen."""
+        try:
+            return getattr(self.module.get_input_embeddings(), "num_embeddings", None)
+        except (AttributeError, NotImplementedError):
+            return None
 
     def _text_arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {}

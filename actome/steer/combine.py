@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actome.clamps import Add
+from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
 
 from .lab import interval
+from .placing import active
 from .preference import Pairs, odds
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ class Interference:
 
 def interference(
     model: Model,
-    clamps: Mapping[str, Add],
+    clamps: Mapping[str, Clamp | Sequence[Clamp]],
     goals: Mapping[str, Pairs],
     *,
     per_token: bool = False,
@@ -51,7 +54,8 @@ def interference(
     """The effect of each clamp alone, of every two, and of all together, on every goal.
 
     Args:
-        clamps: by name; two or more.
+        clamps: by name, two or more; each one clamp, or several that belong together. Cosines are of those that are a
+            constant vector, and NaN for others.
         goals: by name, what each should bring about, as pairs of responses; not used for fitting. A goal need not
             have a clamp of its name, and what a clamp does to others' goals is shown as well.
 
@@ -70,6 +74,7 @@ def interference(
     if len(clamps) < 2 or not goals:
         raise MeasureError(f"{len(clamps)} clamps and {len(goals)} goals; give two clamps at least, and a goal")
     names = list(clamps)
+    several = {name: [one] if isinstance(one, Clamp) else list(one) for name, one in clamps.items()}
     sets = [tuple(some) for k in (1, 2, len(names)) for some in itertools.combinations(names, k)]
     sets += [tuple(n for n in names if n != name) for name in names]
     sets = list(dict.fromkeys(sets))
@@ -77,7 +82,7 @@ def interference(
     for goal, pairs in goals.items():
         bare = odds(model, pairs, per_token=per_token, batch_size=batch_size).preference
         for some in sets:
-            with model.clamp(*(clamps[name] for name in some)):
+            with active(model, [one for name in some for one in several[name]]):
                 found = odds(model, pairs, per_token=per_token, batch_size=batch_size).preference
             moved[goal, some] = (found - bare).numpy()
     shown = [some for some in sets if len(some) in (1, 2, len(names))]
@@ -90,19 +95,28 @@ def interference(
             missing = interval(alone - marginal, seed)
             lost.append((goal, name, float(alone.mean()), float(marginal.mean()), *missing))
     return Interference(
-        _cosines(clamps),
+        _cosines(several),
         pd.DataFrame(effects, columns=["goal", "clamps", "effect", "low", "high"]),
         pd.DataFrame(lost, columns=["goal", "clamp", "alone", "marginal", "lost", "low", "high"]),
     )
 
 
-def _cosines(clamps: Mapping[str, Add]) -> pd.DataFrame:
+def _cosines(clamps: Mapping[str, Sequence[Clamp]]) -> pd.DataFrame:
     import pandas as pd
 
-    vectors = {name: torch.as_tensor(one.value).float().flatten() for name, one in clamps.items()}
+    vectors = {name: _vector(some) for name, some in clamps.items()}
 
-    def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float(torch.nn.functional.cosine_similarity(a, b, dim=0)) if a.shape == b.shape else float("nan")
+    def cosine(a: Tensor | None, b: Tensor | None) -> float:
+        if a is None or b is None or a.shape != b.shape:
+            return float("nan")
+        return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
     rows = [[cosine(a, b) for b in vectors.values()] for a in vectors.values()]
     return pd.DataFrame(rows, index=list(vectors), columns=list(vectors))
+
+
+def _vector(some: Sequence[Clamp]) -> Tensor | None:
+    """The constant vector that a clamp adds, if that is what it does."""
+    if len(some) != 1 or not isinstance(some[0], Add) or not isinstance(some[0].value, Tensor):
+        return None
+    return (some[0].value * some[0].scale).float().flatten().cpu()

@@ -35,6 +35,17 @@ class Examples:
     positive: Any
     negative: Any
 
+    @classmethod
+    def of(cls, data: Any) -> Examples:
+        """The data themselves, when they are examples.
+
+        Raises:
+            MeasureError: when not.
+        """
+        if isinstance(data, cls):
+            return data
+        raise MeasureError(f"fit takes Examples(positive, negative), not {type(data).__name__}")
+
     def __post_init__(self) -> None:
         for name in ("positive", "negative"):
             some = getattr(self, name)
@@ -141,6 +152,7 @@ class Contrast:
         if self.method not in METHODS:
             raise MeasureError(f"method={self.method!r} does not exist; choose {', '.join(METHODS)}")
         options = {"over": self.over, "batch_size": self.batch_size}
+        data = Examples.of(data)
         high, low = (states(model, some, self.sites, **options) for some in (data.positive, data.negative))
         directions = {site: direction(high[site], low[site], self.method) for site in high}
         gaps = {site: gap(directions[site], high[site], low[site]) for site in high}

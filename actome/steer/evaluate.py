@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,8 +43,8 @@ class Evaluation:
         site, positions, strength: what is recommended; None where nothing is.
         why: the reason, in a sentence with its figures.
         collapsed: site, positions and strength at which the fitted clamp takes the model apart (nll up by more than a
-            nat a token, repetition by more than 0.5, accuracy down by more than 0.5, or not finite), with how far each
-            moved; empty where it does not.
+            nat a token, repetition by more than 0.5, accuracy down by more than 0.5, utility by more than 5 nats, or
+            not finite), with how far each moved; empty where it does not.
         held_out: figures of the recommended clamp on pairs that were not used to choose it: preference without and
             with the clamp, with intervals; the same of random directions.
         samples: prompts with their continuations without a clamp (strength 0) and at some strengths, as text or ids.
@@ -152,7 +153,9 @@ def evaluate(
         scaled(one, 1.0)
     for placing in positions:
         while_generating(clamps, placing)
-    steps = tuple(sorted({0.0, *map(float, strengths)}))
+    if random < 0 or shuffled < 0:
+        raise MeasureError(f"random={random}, shuffled={shuffled}: numbers of draws")
+    steps = _steps(strengths)
     choose, judge = split(len(pairs), [0.5, 0.5], seed)
     lab = Lab(model, pairs.part(choose.tolist()), text, prompts, task, per_token, new_tokens, batch_size, seed)
     arms = dealt(model, clamps, sites, estimator, data, random, shuffled, seed)
@@ -185,6 +188,14 @@ def evaluate(
     at = sorted({0.0, strength or 1.0, max(steps)})
     samples = [lab.sample(shown, step, placing or positions[0]) for step in at] if new_tokens else []
     return Evaluation(frame, site, placing, strength, why, collapsed(frame), held_out, samples, about)
+
+
+def _steps(strengths: Sequence[float]) -> tuple[float, ...]:
+    """In order, zero among them."""
+    bad = [one for one in strengths if not isinstance(one, (int, float)) or not math.isfinite(one)]
+    if bad or not any(strengths):
+        raise MeasureError(f"strengths={list(strengths)}: finite numbers, one at least that is not zero")
+    return tuple(sorted({0.0, *map(float, strengths)}))
 
 
 def _judged(lab: Lab, pairs: Pairs, arms: Sequence[Arm], strength: float, placing: Any) -> dict[str, Any]:

@@ -163,6 +163,7 @@ class ExpertTuner:
             SiteError: a model without routers.
             MeasureError: more experts wanted than there are, or a model that does not say how many a token gets.
         """
+        data = Examples.of(data)
         k = self.k or _per_token(model, self.site)
         shown, hidden = (self._chosen(model, some, k) for some in (data.positive, data.negative))
         scores, usage = shown - hidden, (shown + hidden) / 2

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actome.core.clamp import Clamp
+from actome.core.errors import MeasureError
 from actome.measures.spans import Texts, spans
 
 from .placing import Placing, active, while_scoring
@@ -72,6 +73,9 @@ def text_nll(model: Model, text: Any, *, batch_size: int = 8) -> Likelihoods:
 
     Args:
         text: a list of texts, ids (row, pos), or a `Text`.
+
+    Raises:
+        MeasureError: no row of two tokens or more.
     """
     from actome.core.stream import batches
 
@@ -85,4 +89,6 @@ def text_nll(model: Model, text: Any, *, batch_size: int = 8) -> Likelihoods:
         nll_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none")
         sums.append((nll_BT * real_BT).double().sum(1).cpu())
         counts.append(real_BT.sum(1).cpu())
+    if not counts or not int(torch.cat(counts).sum()):
+        raise MeasureError("the held-out text has no token that follows another; give longer texts")
     return Likelihoods(torch.cat(sums), torch.cat(counts))

@@ -43,6 +43,9 @@ class Pairs:
     unwanted: Texts
 
     def __post_init__(self) -> None:
+        for name in ("prompts", "wanted", "unwanted"):
+            if isinstance(getattr(self, name), str):
+                raise MeasureError(f"pairs take lists, and {name}={getattr(self, name)!r:.60} is one text")
         sizes = (len(self.prompts), len(self.wanted), len(self.unwanted))
         if len(set(sizes)) > 1 or not sizes[0]:
             raise MeasureError(

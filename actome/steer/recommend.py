@@ -9,8 +9,9 @@ from .lab import HARM
 if TYPE_CHECKING:
     import pandas as pd
 
-# Rises of nats a token and of repeated n-grams, and a fall of accuracy, beyond which a model has come apart.
-COLLAPSE = {"nll": 1.0, "repetition": 0.5, "accuracy": 0.5}
+# Rises of nats a token and of repeated n-grams, falls of accuracy and of log-odds that either response is given, beyond
+# which a model has come apart.
+COLLAPSE = {"nll": 1.0, "repetition": 0.5, "accuracy": 0.5, "utility": 5.0}
 LEAST = 0.1  # nats of preference below which an effect is none
 _PLACE = ["site", "positions", "strength"]
 
@@ -63,7 +64,7 @@ def collapsed(frame: pd.DataFrame) -> pd.DataFrame:
     known = [name for name in COLLAPSE if name in wide]
     moved = wide[known].sub(bare[known]).astype(float)
     # What is not finite has come apart as well.
-    harm = moved.mul([HARM[name] for name in known]).fillna(float("inf"))
+    harm = moved.mul([HARM.get(name, -1) for name in known]).fillna(float("inf"))
     broken = (harm > [COLLAPSE[name] for name in known]).any(axis=1)
     return wide[_PLACE].assign(**{name: moved[name] for name in known})[broken].reset_index(drop=True)
 

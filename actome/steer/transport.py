@@ -109,6 +109,7 @@ class ActivationTransport:
         if self.kind not in ("linear", "mean", "gaussian"):
             raise MeasureError(f"kind={self.kind!r} does not exist; choose linear, mean or gaussian")
         options = {"over": self.over, "batch_size": self.batch_size}
+        data = Examples.of(data)
         names = [site.name for site in model.match(self.sites)]
         targets = states(model, data.positive, self.sites, **options)
         if not self.sequential:
