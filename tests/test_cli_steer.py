@@ -82,6 +82,25 @@ def test_a_judgement_with_everything(files, capsys):
     assert "line 1: give answers, a list of texts" in capsys.readouterr().err
 
 
+def test_a_condition_from_fit_to_apply(files, capsys):
+    """Steered hard, and only where the prompt is code."""
+    only = ["--only", str(files / "code.txt"), "--except", str(files / "prose.txt")]
+    assert fit(files, *only, "--sites", "blocks.*.resid.post") == 0
+    assert "only if: similarity" in capsys.readouterr().out
+    (clamp,) = ac.clamps.load_clamps(files / "clamp")
+    assert clamp.when.site < clamp.site
+    demo = ac.demo()
+    for texts, steered in ((CODE, True), (PROSE, False)):
+        bare = [demo.logits(text) for text in texts]
+        with demo.clamp(clamp.at(scale=5.0), strict=False):
+            moved = [float((demo.logits(text) - x).abs().max()) for text, x in zip(texts, bare, strict=True)]
+        assert sum((one > 0.1) == steered for one in moved) >= 7
+    assert fit(files, "--only", str(files / "code.txt"), "--overwrite") == 2
+    assert "both --only and --except" in capsys.readouterr().err
+    assert fit(files, *only, "--sites", "blocks.0.resid.post", "--overwrite") == 1
+    assert "no site of blocks.0.resid.post is reached before blocks.0.resid.post" in capsys.readouterr().err
+
+
 def test_transport_from_fit_to_apply(files, capsys):
     assert fit(files, "--method", "transport-mean") == 0
     assert "fitted: 2 maps, blocks.1.resid.post, blocks.2.resid.post" in capsys.readouterr().out

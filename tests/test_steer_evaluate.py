@@ -236,7 +236,7 @@ def test_what_is_no_data_is_refused(persona):
             estimator.fit(model, (examples.positive, examples.negative))
     with pytest.raises(MeasureError, match="prompts='a' is one text"):
         Pairs("a", ["b"], ["c"])
-    with pytest.raises(TextError, match="token id [0-9]+ is not among the 126"):
+    with pytest.raises(TextError, match=r"token id [0-9]+ is not among the 126"):
         Contrast("blocks.1.resid.post").fit(model, Examples(examples.positive + 999 - 2, examples.negative))
     with pytest.raises(TextError, match="token id -1 is not among the"):
         model.logits([[-1, 3]])

@@ -45,6 +45,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     fit.add_argument("--sites", default="blocks.*.resid.post", metavar="PATTERN", help="default: %(default)s")
     fit.add_argument("--method", default="means", choices=_METHODS, help="default: %(default)s")
     fit.add_argument("--over", default="last", choices=_OVERS, help="tokens of an example; default: %(default)s")
+    fit.add_argument("--only", metavar="FILE", help="with --except: steer prompts that are like these")
+    fit.add_argument("--except", dest="others", metavar="FILE", help="prompts that are to be left alone")
     fit.add_argument("--out", required=True, metavar="FOLDER", help="where to save the clamp")
     fit.add_argument("--overwrite", action="store_true", help="replace a clamp that lies there")
 
@@ -94,14 +96,24 @@ def _clamp_option(parser: argparse.ArgumentParser) -> None:
 
 def _fit(args: argparse.Namespace) -> int:
     from actome.clamps import save_clamps
-    from actome.steer import Examples, Steering
+    from actome.core.clamp import Clamp
+    from actome.steer import Condition, Examples, Steering, when
+    from actome.steer.conditions import before
     from actome.steer.files import read_examples
 
+    if (args.only is None) != (args.others is None):
+        raise UsageError("a condition needs both --only and --except")
     examples = Examples(read_examples(args.positive), read_examples(args.negative))
+    prompts = None if args.only is None else (read_examples(args.only), read_examples(args.others))
     model = open_model(args)
     how = {"method": args.method, "over": args.over, "sites": args.sites}
     clamp = _estimator(how).fit(model, examples)
     known = getattr(clamp, "about", None) or {}
+    condition = None
+    if prompts is not None:
+        some = [clamp] if isinstance(clamp, Clamp) else list(clamp)
+        condition = Condition(before(model, args.sites, some[0].site)).fit(model, *prompts)
+        clamp = when(clamp, condition) if isinstance(clamp, Clamp) else [when(one, condition) for one in some]
     folder = save_clamps(args.out, clamp, model=model, about={**known, **how}, overwrite=args.overwrite)
     if not args.quiet:
         if isinstance(clamp, Steering):
@@ -109,6 +121,9 @@ def _fit(args: argparse.Namespace) -> int:
             print(f"chosen: {clamp.site}, the best separation of examples that were not fitted on")
         else:
             print(f"fitted: {len(clamp)} maps, {', '.join(one.site for one in clamp)}")
+        if condition is not None:
+            side = "above" if condition.above else "below"
+            print(f"only if: similarity {side} {condition.threshold:.3f} at {condition.site}, F1 {condition.f1:.3f}")
         print(f"written: {folder}")
     return 0
 

@@ -214,6 +214,23 @@ class Condition:
         return best
 
 
+def before(model: Model, sites: str, site: str) -> str:
+    """A pattern of those sites that are reached before another one, where a condition for a clamp there may stand.
+
+    Raises:
+        MeasureError: none is.
+
+    >>> import actome as ac
+    >>> before(ac.demo(), "blocks.*.resid.post", "blocks.2.resid.post")
+    '{blocks.0.resid.post,blocks.1.resid.post}'
+    """
+    order = model.order
+    names = [one.name for one in model.match(sites) if one.name in order and order[one.name] < order.get(site, -1)]
+    if not names:
+        raise MeasureError(f"no site of {sites} is reached before {site}; name earlier ones, or steer a later one")
+    return "{" + ",".join(names) + "}" if len(names) > 1 else names[0]
+
+
 def best_threshold(high_N: Tensor, low_M: Tensor) -> tuple[float, bool, float]:
     """The threshold with the best F1, whether the first set lies above it, and that F1.
 
