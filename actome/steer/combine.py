@@ -14,8 +14,8 @@ from torch import Tensor
 from actome.clamps import Add
 from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
+from actome.tasks.trials import interval
 
-from .lab import interval
 from .placing import active
 from .preference import Pairs, odds
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
-from actome.tasks.trials import split
+from actome.tasks.trials import interval, split
 
 from .contrast import Examples
 from .controls import Arm, Estimator, dealt
-from .lab import Lab, Task, interval
+from .lab import Lab, Task
 from .placing import Placing, while_generating
 from .preference import Pairs, scaled
 from .recommend import collapsed, recommend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
 from actome.measures import ngram_repetition
+from actome.tasks.trials import interval
 
 from .choices import Choices, accuracy
 from .likelihood import text_nll
@@ -131,20 +131,6 @@ class Lab:
         prompts = subset(self.prompts, list(range(min(count(self.prompts), self.batch_size))))
         made = self.model.generate(prompts, max_new_tokens=self.new_tokens).new
         return ngram_repetition(made, _GRAM).numpy()
-
-
-def interval(values: np.ndarray, seed: int = 0, weights: np.ndarray | None = None, resamples: int = 1000) -> Interval:
-    """Mean with its 95 % percentile bootstrap over rows; sums over sums where rows have weights."""
-    if not len(values):
-        return (math.nan, math.nan, math.nan)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(values), (resamples, len(values)))
-    if weights is None:
-        mean, means = values.mean(), values[drawn].mean(1)
-    else:
-        mean, means = values.sum() / weights.sum(), values[drawn].sum(1) / weights[drawn].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(mean), float(low), float(high)
 
 
 def _scores(values: Any) -> np.ndarray:

@@ -82,11 +82,34 @@ def paired(
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     if difference.ndim != 1 or not difference.size:
         raise ValueError("paired() takes two sequences of the same length, at least one pair")
-    rng = np.random.default_rng(seed)
-    means = difference[rng.integers(0, difference.size, (resamples, difference.size))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    mean, low, high = interval(difference, seed, level=level, resamples=resamples)
     wins = float(np.mean(difference > 0) + 0.5 * np.mean(difference == 0))
-    return Paired(float(difference.mean()), float(low), float(high), wins)
+    return Paired(mean, low, high, wins)
+
+
+def interval(
+    values: Any, seed: int = 0, weights: Any = None, *, level: float = 0.95, resamples: int = 1000
+) -> tuple[float, float, float]:
+    """Mean with its percentile bootstrap over rows, as (mean, low, high); NaN without rows.
+
+    Args:
+        values: one a row.
+        weights: of the rows, such as numbers of tokens: the figure is then a sum over a sum.
+
+    >>> interval([1.0, 1.0]), interval([3.0, 3.0], weights=[3, 3])
+    ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    if not len(rows):
+        return (float("nan"),) * 3
+    drawn = np.random.default_rng(seed).integers(0, len(rows), (resamples, len(rows)))
+    if weights is None:
+        mean, means = rows.mean(), rows[drawn].mean(1)
+    else:
+        heavy = np.asarray(weights, dtype=np.float64)
+        mean, means = rows.sum() / heavy.sum(), rows[drawn].sum(1) / heavy[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(mean), float(low), float(high)
 
 
 @dataclass(frozen=True)
