@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from actome import __version__
@@ -14,10 +12,9 @@ from actome.dynamics.digest import RunDigest
 from actome.dynamics.schema import as_json
 from actome.dynamics.store import RunStore
 from actome.report.figures import Figure
-from actome.report.plain import write
 from actome.report.run_figures import run_figures
 from actome.report.run_view import LEVELS, alarm_groups, chosen, lines, panels, span, status_facts
-from actome.report.shell import whole
+from actome.report.shell import Page, whole
 from actome.report.words import cited, kind_of, word
 
 _SECTIONS = {
@@ -31,24 +28,9 @@ _SCRIPTS = ("page.js", "filter.js")
 _MOST_EVENTS = 200
 
 
-@dataclass(frozen=True)
-class RunPage:
-    """The report page of a run.
-
-    Attributes:
-        html: one page that loads nothing.
-    """
-
-    html: str
-
-    def save_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the page, whole or not at all; folders are made."""
-        return write(Path(path), self.html)
-
-
 def run_page(
     run: RunStore | RunDigest | str | os.PathLike[str], name: str | None = None, *, measures: Sequence[str] = ()
-) -> RunPage:
+) -> Page:
     """The page of a run that has ended or is still written.
 
     Curves are thinned for long runs: a line is the mean over a number of steps that the page says, and a shade goes
@@ -72,12 +54,12 @@ def run_page(
     True
     """
     if isinstance(run, RunDigest):
-        return RunPage(_page(run, measures))
+        return Page(_page(run, measures))
     store = run if isinstance(run, RunStore) else RunStore.open(run)
     try:
         digest = RunDigest(store, name)
         digest.refresh()
-        return RunPage(_page(digest, measures))
+        return Page(_page(digest, measures))
     finally:
         if store is not run:
             store.close()

@@ -8,15 +8,34 @@ vl-convert and is put into the page once for all figures. Whatever a model, a te
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from actome import __version__
+from actome.report.plain import write
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report page.
+
+    Attributes:
+        html: one page that loads nothing.
+    """
+
+    html: str
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the page, whole or not at all; folders are made."""
+        return write(Path(path), self.html)
 
 
 def whole(

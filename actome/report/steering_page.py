@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from actome import __version__
-from actome.report.plain import write
-from actome.report.shell import whole
+from actome.report.shell import Page, whole
 from actome.report.steering_figures import ARMS, MEASURES, place_of, steering_figures
 from actome.report.vocabulary import Word
 from actome.steer import Evaluation
@@ -33,22 +29,7 @@ _SECTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class SteeringPage:
-    """The report page of an evaluation.
-
-    Attributes:
-        html: one page that loads nothing.
-    """
-
-    html: str
-
-    def save_html(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the page, whole or not at all; folders are made."""
-        return write(Path(path), self.html)
-
-
-def steering_page(found: Evaluation, name: str | None = None) -> SteeringPage:
+def steering_page(found: Evaluation, name: str | None = None) -> Page:
     """The page of what `actome.steer.evaluate` found.
 
     Args:
@@ -69,7 +50,7 @@ def steering_page(found: Evaluation, name: str | None = None) -> SteeringPage:
         for key, (title, short, lead, grid) in _SECTIONS.items()
         if (figures := [figure for figure in drawn if figure.group == key])
     ]
-    return SteeringPage(
+    return Page(
         whole(
             "steering.html",
             specs={figure.key: figure.spec for figure in drawn},
