@@ -51,9 +51,7 @@ class ForkingPaths:
 
     def changes(self, prior: float | None = None, concentration: float = 0.5) -> Changes:
         """Where o_t changes; see `change_points`. Counts are o_t times the draws that it is worth."""
-        return change_points(
-            self.distribution * self.effective[:, None], prior=prior, concentration=concentration
-        )
+        return change_points(self.distribution * self.effective[:, None], prior=prior, concentration=concentration)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -178,13 +176,11 @@ def forking_paths(
         spread[t] += p * p / drawn
         for one in found:
             distribution[t, index[one]] += p / len(found)
-        for one in dict.fromkeys(found):
-            table.append((t, token, p, is_own, one, found.count(one) / len(found), len(found)))
+        n = len(found)
+        table += [(t, token, p, is_own, one, found.count(one) / n, n) for one in dict.fromkeys(found)]
     columns = ["pos", "token", "p", "base", "outcome", "share", "samples"]
     frame = pd.DataFrame(table, columns=columns).astype({"outcome": object})
-    return ForkingPaths(
-        tuple(path), tuple(index), distribution / mass[:, None], mass, mass.square() / spread, frame
-    )
+    return ForkingPaths(tuple(path), tuple(index), distribution / mass[:, None], mass, mass.square() / spread, frame)
 
 
 def _alternatives(p_V: Tensor, own: int, threshold: float, top: int | None) -> list[int]:

@@ -86,8 +86,8 @@ def outcome_probe(
     distribution of the fitted rows, is always among them.
 
     Weights are chosen by cross-entropy with soft targets, :math:`-\sum_c o_{tc} \log \hat o_{tc}`, plus a penalty
-    :math:`\frac{\lambda}{2} \|W\|^2` on standardised inputs, a convex problem; the penalty is chosen for each input on a
-    part of the rows that is neither fitted on nor held out.
+    :math:`\frac{\lambda}{2} \|W\|^2` on standardised inputs, a convex problem; the penalty is chosen for each input on
+    a part of the rows that is neither fitted on nor held out.
 
     Args:
         states: by site, (N, D); rows as `Model.record` gives them, one position a row.

@@ -90,9 +90,7 @@ def _trial(seed: int, model: Model, stranger: Model, count: int, paths: int) -> 
     )
 
 
-def _probes(
-    model: Model, stranger: Model, world: ClueChain, chains: Chains, posterior: Tensor
-) -> dict[str, float]:
+def _probes(model: Model, stranger: Model, world: ClueChain, chains: Chains, posterior: Tensor) -> dict[str, float]:
     """Held-out KL from the exact posterior, by input, after some of the clues and in the mean over them."""
     ids = chains.tokens[:, : world.clues + 1]
     read = model.record(ids, ["embed", LAST])
@@ -174,8 +172,8 @@ ENTRY = Entry(
     title="Are language models aware of the road not taken? Token-level uncertainty and hidden state dynamics",
     kind="measure",
     home="actome.decode.forking_paths",
-    claim="On clue chains a linear map of the state is nearer to the exact distribution of outcomes (KL) than 0.3 of one "
-    "of the current token and 0.8 of one of another subject's states; from the fourth clue on, what steering gains "
+    claim="On clue chains a linear map of the state is nearer to the exact distribution of outcomes (KL) than 0.3 of "
+    "one of the current token and 0.8 of one of another subject's states; from the fourth clue on, what steering gains "
     "beyond random vectors goes with uncertainty, rho at least 0.3, and 0.1 among states with like chances of the "
     "target; distributions sampled along paths are within 0.15 of the exact ones.",
     test=test,

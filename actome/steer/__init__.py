@@ -11,10 +11,10 @@
 - `Pairs`, `odds`, `Choices`, `accuracy` (`preference`, `choices`): what it is judged by
 - `interference` (`combine`): several clamps at once
 - `preference_utility`, `Manifold` (`preference`, `manifold`): what it is made of
-- `EntropicSteering`, `EntropicClamp`, `SampledActions`, `action_entropy`, `entropic_curve` (`entropic`): how uncertain an
-  agent is about its action, raised or lowered
-- `steerability`, `Steerability`, `outcome_vectors` (`steerability`), `Asked`, `Resampled` (`chances`): how far a path can be
-  moved at each of its positions
+- `EntropicSteering`, `EntropicClamp`, `SampledActions`, `action_entropy`, `entropic_curve` (`entropic`): how uncertain
+  an agent is about its action, raised or lowered
+- `steerability`, `Steerability`, `outcome_vectors` (`steerability`), `Asked`, `Resampled` (`chances`): how far a path
+  can be moved at each of its positions
 - `direction`, `states` (`directions`, `states`): what estimators are made of
 """
 

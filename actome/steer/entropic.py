@@ -203,12 +203,14 @@ class EntropicSteering:
         lost = int(entropy_N.isnan().sum())
         if lost:
             raise MeasureError(
-                f"no completion of {lost} of {len(rows)} prompts came to an action; allow more tokens, or leave them out"
+                f"no completion of {lost} of {len(rows)} prompts came to an action; allow more tokens or leave them out"
             )
         length_N = torch.tensor([len(row) for row in rows], dtype=torch.float64)
         left_N = without(length_N, entropy_N, self.degree)
         if float(left_N.std()) < 1e-9:
-            raise MeasureError("all prompts are equally uncertain, so nothing can be weighted by it; sample more actions")
+            raise MeasureError(
+                "all prompts are equally uncertain, so nothing can be weighted by it; sample more actions"
+            )
         z_ND = states(model, prompts, places[0].name, batch_size=self.batch_size)[places[0].name].double()
         weight_N = left_N / left_N.sum()
         u_D = weight_N @ z_ND - z_ND.mean(0)

@@ -75,7 +75,9 @@ class Steerability:
             raise MeasureError(f"gain={gain!r} does not exist; choose {', '.join(_GAINS)}")
         some = self.frame if positions is None else self.frame[self.frame["pos"].isin(list(positions))]
         if some.empty:
-            raise MeasureError(f"no state at positions {list(positions or [])}; there are {sorted(set(self.frame.pos))}")
+            raise MeasureError(
+                f"no state at positions {list(positions or [])}; there are {sorted(set(self.frame.pos))}"
+            )
         if some["uncertainty"].isna().any():
             raise MeasureError("steerability was measured without uncertainty=, so nothing can be compared with it")
         y, x, p = (some[name].to_numpy(dtype=float) for name in (gain, "uncertainty", "p"))
@@ -141,7 +143,9 @@ def steerability(
     longest = max(map(len, rows))
     target_N = torch.zeros(len(rows), dtype=torch.long) if targets is None else torch.as_tensor(targets).long().cpu()
     if target_N.shape != (len(rows),) or int(target_N.min()) < 0:
-        raise MeasureError(f"targets {tuple(target_N.shape)} are not one number from 0 on for each of {len(rows)} paths")
+        raise MeasureError(
+            f"targets {tuple(target_N.shape)} are not one number from 0 on for each of {len(rows)} paths"
+        )
     push_CTD = _pushes(vectors, int(target_N.max()) + 1, longest, norm)
     open_NT = None if uncertainty is None else torch.as_tensor(uncertainty).double().cpu()
     if open_NT is not None and open_NT.shape != (len(rows), longest):

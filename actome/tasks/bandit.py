@@ -72,20 +72,20 @@ class Bandit:
     >>> world = Bandit()
     >>> play = world.sample(500, seed=1)
     >>> play.tokens.shape, world.prompt(play, 3).shape  # a prompt ends before the thought of its round
-    (torch.Size([500, 33]), torch.Size([500, 13]))
+    (torch.Size([500, 25]), torch.Size([500, 13]))
     >>> early, late = world.entropy(play)[:, [1, -1]].mean(0)
     >>> bool(early > late > 0)
     True
     """
 
     arms: int = 4
-    rounds: int = 8
+    rounds: int = 6
     good: float = 0.75
     bad: float = 0.25
     names: int = 2
     greedy: float = 0.0
     sharpness: float = 4.0
-    slip: float = 0.02
+    slip: float = 0.0
     levels: tuple[float, float] = (0.5, 0.8)
 
     def __post_init__(self) -> None:
@@ -188,9 +188,7 @@ class Bandit:
         play = self.play(episodes, agent, seed)
         return play._replace(greedy=torch.stack(ways, 1))
 
-    def play(
-        self, episodes: int, agent: Callable[[Episodes], tuple[Tensor, Tensor, Tensor]], seed: int
-    ) -> Episodes:
+    def play(self, episodes: int, agent: Callable[[Episodes], tuple[Tensor, Tensor, Tensor]], seed: int) -> Episodes:
         """Plays episodes with any agent.
 
         Args:
