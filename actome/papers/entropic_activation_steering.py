@@ -37,7 +37,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     seeds = over_seeds(lambda one: _trial(one, *sizes), seed, count)
     mean = {name: sum(values) / count for name, values in seeds.items()}
     control = {name: mean.pop(name) for name in list(mean) if name.startswith("control")}
-    shown = ("entropy_at_0", "entropy_at_1", "entropy_at_2", "entropy_at_-1", "entropy_at_1_other_names")
+    shown = ("entropy_at_0", "entropy_at_1", "entropy_at_2", "entropy_at_-1", "entropy_other_names_at_1")
     figures = {**mean, "seeds": {name: seeds[name] for name in shown}}
     rise = mean["entropy_at_1"] - mean["entropy_at_0"]
     hot = abs(control["control_entropy_hot_action"] - mean["entropy_at_0"])
