@@ -28,7 +28,6 @@ from actome.tasks import Subject, SubjectConfig, train
 from actome.tasks.clue_chain import Chains, ClueChain
 from actome.tasks.trials import trial_seeds
 
-STEPS = (2, 4, 6, 8)  # clues after which probes read
 OPEN = 4  # clues from which on certainty differs between chains
 LAST, PENALTIES = "blocks.2.resid.post", (1e-5, 1e-4, 1e-3)
 SITE, NORM = "blocks.0.resid.post", 8.0
@@ -36,11 +35,13 @@ PATHS, SAMPLES = 8, 60  # of forking paths: chains, and continuations of each al
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    count, steps, chains, paths = (1, 40, 300, 1) if scale == "smoke" else (3, 1000, 1600, PATHS)
+    smoke = scale == "smoke"
+    count, steps, chains, paths = (1, 20, 120, 1) if smoke else (3, 1000, 1600, PATHS)
+    reads = (4,) if smoke else (2, 4, 6, 8)  # clues after which probes read
     # The stranger of each subject is the next one; that of the last is not looked at otherwise.
     seeds = trial_seeds(seed, count + 1)
     models = [_subject(one, steps) for one in seeds]
-    trials = [_trial(one, *pair, chains, paths) for one, *pair in zip(seeds, models, models[1:], strict=False)]
+    trials = [_trial(one, *pair, reads, chains, paths) for one, *pair in zip(seeds, models, models[1:], strict=False)]
     each = {name: [trial[name] for trial in trials] for name in trials[0]}
     mean = {name: sum(values) / count for name, values in each.items()}
     control = {name: mean.pop(name) for name in list(mean) if name.startswith("control")}
@@ -78,32 +79,36 @@ def _subject(seed: int, steps: int) -> Model:
     return wrap(subject)
 
 
-def _trial(seed: int, model: Model, stranger: Model, count: int, paths: int) -> dict[str, float]:
+def _trial(
+    seed: int, model: Model, stranger: Model, reads: tuple[int, ...], count: int, paths: int
+) -> dict[str, float]:
     tests, aim, draws = (one % 2**31 for one in trial_seeds(seed, 5)[2:])
     world = _world(seed)
     chains = world.sample(count, tests, shown=world.clues)
     posterior = world.posterior(chains.clues, chains.levels)
     return (
-        _probes(model, stranger, world, chains, posterior)
+        _probes(model, stranger, world, chains, posterior, reads)
         | _steering(model, world, chains, posterior, aim)
         | _forking(model, world, chains, posterior, paths, draws)
     )
 
 
-def _probes(model: Model, stranger: Model, world: ClueChain, chains: Chains, posterior: Tensor) -> dict[str, float]:
+def _probes(
+    model: Model, stranger: Model, world: ClueChain, chains: Chains, posterior: Tensor, reads: tuple[int, ...]
+) -> dict[str, float]:
     """Held-out KL from the exact posterior, by input, after some of the clues and in the mean over them."""
     ids = chains.tokens[:, : world.clues + 1]
     read = model.record(ids, ["embed", LAST])
     other = stranger.record(ids, LAST)[LAST]
     words = torch.nn.functional.one_hot(ids, world.vocab).float()
     figures: dict[str, float] = {}
-    for t in STEPS:
+    for t in reads:
         others = {"embedding": read["embed"][:, t], "stranger": other[:, t], "all_clues": words[:, : t + 1].flatten(1)}
         found = outcome_probe({"state": read[LAST][:, t]}, posterior[:, t], others=others, penalties=PENALTIES)
         figures |= {f"kl_{name}_after_{t}": found.of(name) for name in found.kl}
     for name in ("state", "embedding", "stranger", "all_clues", "marginal"):
         key = f"kl_{name}" if name in ("state", "embedding") else f"control_kl_{name}"
-        figures[key] = sum(figures[f"kl_{name}_after_{t}"] for t in STEPS) / len(STEPS)
+        figures[key] = sum(figures[f"kl_{name}_after_{t}"] for t in reads) / len(reads)
     return figures
 
 
