@@ -125,6 +125,30 @@ def test_continuations_are_drawn_from_the_whole_distribution(model):
     assert float((counted - p).abs().max()) < 4 * 0.5 / math.sqrt(4000)
 
 
+def test_what_a_generation_configuration_cuts_and_punishes_does_not_hold():
+    config = SubjectConfig(vocab=200, d_model=8, layers=1, heads=2, context=12)
+    subject = Subject.fresh(config, seed=0)
+    with torch.no_grad():
+        subject.unembed.weight.zero_()  # every token as likely as every other
+    for name, value in {"top_k": 3, "top_p": 0.1, "min_p": 0.9, "repetition_penalty": 5.0}.items():
+        setattr(subject.generation_config, name, value)
+    found = continuations(ac.wrap(subject), [[0]], 2000, 1, batch_size=2000)[0]
+    counted = torch.bincount(torch.tensor(found)[:, 0], minlength=200)
+    assert int((counted > 0).sum()) == 200
+    assert 0.7 < float((counted - 10.0).square().mean() / 10) < 1.35  # a multinomial's variance
+
+
+def test_half_precision_and_several_texts():
+    config = SubjectConfig(vocab=VOCAB, d_model=16, layers=1, heads=2, context=12)
+    half = ac.wrap(Subject.fresh(config, seed=0).to(torch.bfloat16))
+    found = forking_paths(half, [0], parity, max_new_tokens=3, samples=2, stop=STOP)
+    assert found.distribution.dtype == torch.float64
+    texts = ["import ", "def f(x, y):"]
+    some = continuations(ac.demo(), texts, 2, 3, temperature=0)
+    for text, rows in zip(texts, some, strict=True):
+        assert rows[0] == rows[1] == ac.demo().generate(text, max_new_tokens=3).new[0].tolist()
+
+
 def test_prompts_of_several_lengths_keep_their_order(model):
     rows = [[0], [1, 2, 1], [2, 0]]
     found = continuations(model, rows, 2, 3, temperature=0, stop=STOP)

@@ -15,6 +15,10 @@ from .tokens import encode
 if TYPE_CHECKING:
     from .model import Model
 
+# Said outright, or the penalties and cuts of a model's own generation configuration would hold.
+_PLAIN = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_WHOLE = {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+
 # What a whole continuation comes to: an answer, an action, a class; None where none can be read.
 Outcome = Callable[[Any], Hashable]
 
@@ -30,7 +34,7 @@ def continuations(
     batch_size: int = 64,
     seed: int = 0,
 ) -> list[list[list[int]]]:
-    """Samples from the model's whole distribution, without the cuts (top-k, top-p) that generation has by default.
+    """Samples from the model's whole distribution, without the cuts and penalties of its generation configuration.
 
     Prompts of one length share a forward and none is padded, so that clamps with ``positions=`` mean the same token in
     all of them. Clamps that are active apply. The caller's random state stays as it is.
@@ -65,8 +69,7 @@ def continuations(
         raise MeasureError(f"{model.name} is an encoder-decoder; continuations are of models that read what they write")
     ends = stops(model, stop)
     options: dict[str, Any] = {"eos_token_id": sorted(ends)} if ends else {}
-    if temperature:
-        options |= {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
+    options |= _PLAIN | (_WHOLE | {"temperature": float(temperature)} if temperature else {})
     rows = rows_of(model, prompts)
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
