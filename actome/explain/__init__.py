@@ -1,3 +1,8 @@
-"""Causes and features: which neurons, layers and subspaces a behaviour comes from."""
+"""Causes and features: which neurons, layers and subspaces a behaviour comes from.
 
-__all__: list[str] = []
+- `outcome_probe`, `OutcomeProbe` (`outcome_probe`): what a state tells of the outcomes that are still possible
+"""
+
+from .outcome_probe import OutcomeProbe, outcome_probe
+
+__all__ = ["OutcomeProbe", "outcome_probe"]

@@ -11,16 +11,22 @@
 - `Pairs`, `odds`, `Choices`, `accuracy` (`preference`, `choices`): what it is judged by
 - `interference` (`combine`): several clamps at once
 - `preference_utility`, `Manifold` (`preference`, `manifold`): what it is made of
+- `EntropicSteering`, `EntropicClamp`, `SampledActions`, `action_entropy`, `entropic_curve` (`entropic`): how uncertain
+  an agent is about its action, raised or lowered
+- `steerability`, `Steerability`, `outcome_vectors` (`steerability`), `Asked`, `Resampled` (`chances`): how far a path
+  can be moved at each of its positions
 - `direction`, `states` (`directions`, `states`): what estimators are made of
 """
 
 from .baking import Baked, bake
+from .chances import Asked, Resampled
 from .choices import Choices, accuracy
 from .combine import Interference, interference
 from .conditions import Condition, Rule, Similar, when
 from .contrast import Contrast, Examples, Steering
 from .controller import Controlled, WeightedController
 from .directions import direction, gap
+from .entropic import EntropicClamp, EntropicSteering, SampledActions, action_entropy, entropic_curve
 from .evaluate import Evaluation, evaluate
 from .experts import ExpertTuner, TunedExperts
 from .gguf import from_gguf, to_gguf
@@ -28,15 +34,19 @@ from .manifold import Manifold
 from .persona import PersonaVector, Trait, prevent, screen, shift
 from .preference import Odds, Pairs, odds, preference_utility
 from .states import states
+from .steerability import Steerability, outcome_vectors, steerability
 from .transport import ActivationTransport, Transport
 
 __all__ = [
     "ActivationTransport",
+    "Asked",
     "Baked",
     "Choices",
     "Condition",
     "Contrast",
     "Controlled",
+    "EntropicClamp",
+    "EntropicSteering",
     "Evaluation",
     "Examples",
     "ExpertTuner",
@@ -45,26 +55,33 @@ __all__ = [
     "Odds",
     "Pairs",
     "PersonaVector",
+    "Resampled",
     "Rule",
+    "SampledActions",
     "Similar",
+    "Steerability",
     "Steering",
     "Trait",
     "Transport",
     "TunedExperts",
     "WeightedController",
     "accuracy",
+    "action_entropy",
     "bake",
     "direction",
+    "entropic_curve",
     "evaluate",
     "from_gguf",
     "gap",
     "interference",
     "odds",
+    "outcome_vectors",
     "preference_utility",
     "prevent",
     "screen",
     "shift",
     "states",
+    "steerability",
     "to_gguf",
     "when",
 ]
