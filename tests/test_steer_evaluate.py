@@ -11,6 +11,7 @@ from actome.steer import (
     ActivationTransport,
     Choices,
     Contrast,
+    EntropicClamp,
     Examples,
     ExpertTuner,
     Pairs,
@@ -240,6 +241,15 @@ def test_what_is_no_data_is_refused(persona):
         Contrast("blocks.1.resid.post").fit(model, Examples(examples.positive + 999 - 2, examples.negative))
     with pytest.raises(TextError, match="token id -1 is not among the"):
         model.logits([[-1, 3]])
+
+
+def test_a_clamp_that_draws_its_own_control(persona):
+    model, _, pairs, _ = persona
+    clamp = EntropicClamp("blocks.1.resid.post", torch.randn(64, generator=torch.Generator().manual_seed(0)), scale=0.3)
+    found = evaluate(model, clamp.at(positions=-1), pairs, strengths=(1,), random=2, new_tokens=0)
+    drawn = found.frame.query("arm == 'random' and strength == 1 and measure == 'preference'")["value"]
+    assert len(drawn) == 2
+    assert drawn.nunique() == 2
 
 
 def test_bad_input_of_evaluation(persona):

@@ -52,7 +52,7 @@ def dealt(
     arms: list[Arm] = []
     for site, some in fitted:
         arms.append(Arm(site, "fitted", 0, some))
-        if all(isinstance(one, Add) and isinstance(one.value, Tensor) for one in some):
+        if all(map(_has_random, some)):
             arms += [Arm(site, "random", i, [_random(one, generator) for one in some]) for i in range(random)]
     if estimator is not None and data is not None:
         for draw in range(shuffled):
@@ -74,8 +74,14 @@ def _at_sites(clamps: Sequence[Clamp], sites: Sequence[str] | None) -> list[tupl
     return [(site, [clamps[0].to(site)]) for site in sites]
 
 
+def _has_random(clamp: Clamp) -> bool:
+    return hasattr(clamp, "random") or (isinstance(clamp, Add) and isinstance(clamp.value, Tensor))
+
+
 def _random(clamp: Clamp, generator: torch.Generator) -> Clamp:
-    """The clamp with a random direction of the same norm."""
+    """The clamp with a random direction of the same norm: its own `random(seed)`, or another vector to add."""
+    if hasattr(clamp, "random"):
+        return clamp.random(int(torch.randint(2**31, (1,), generator=generator)))
     value = torch.as_tensor(clamp.value)  # type: ignore[attr-defined]
     noise = torch.randn(value.shape, generator=generator)
     return clamp.at(value=noise / noise.norm() * value.float().norm().cpu())

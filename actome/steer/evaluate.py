@@ -111,7 +111,8 @@ def evaluate(
         model: to be steered.
         clamp: one, or several that act together, with a `scale` each: what `Contrast` fits, transport, a controller,
             an addition under a condition. Strengths multiply their own scales. Random directions are tried in the
-            place of constant vectors only; other clamps are compared with shuffled labels.
+            place of constant vectors, and of clamps that have a `random(seed)` of their own; others are compared with
+            shuffled labels.
         pairs: what it should bring about; eight at least.
         text: held-out text (list of texts, ids, `Text`) whose likelihood must not suffer; the clamp acts on all of it.
         prompts: from which text is generated, to look for repetition; the pairs' prompts unless given.
