@@ -8,6 +8,7 @@ from actome.clamps import load_clamps, save_clamps
 from actome.core.errors import ClampError, MeasureError
 from actome.steer import Contrast, Controlled, Examples, Pairs, WeightedController
 from actome.steer.likelihood import response_nll
+from actome.steer.serving.rows import Rows
 from actome.tasks import Subject, SubjectConfig
 
 READ, SITES = "blocks.0.resid.mid", ("blocks.0.resid.post", "blocks.1.resid.post")
@@ -89,13 +90,36 @@ def test_end_to_end_raises_what_is_wanted_and_keeps_the_rest(world):
     tuned = estimator.fit(model, direction, needed, others, sites=SITES, pairs=pairs, keep=keep, steps=40)
 
     def loss(clamps, prompts, token):
-        with model.clamp(*clamps):
-            return float(response_nll(model, prompts, torch.full((len(prompts), 1), token)).nll.mean())
+        answers = torch.full((len(prompts), 1), token)
+        return float(response_nll(model, prompts, answers, clamps=clamps).nll.mean())
 
-    fresh = tokens(1, 40, 50)
-    assert loss(tuned, fresh, 7) <= loss(plain, fresh, 7) + 1e-3
+    fresh, other = tokens(1, 40, 50), tokens(2, 40, 51)
+    # A network that has learnt nothing can be pushed by little; trained through it the push goes the right way.
+    gain, cost = loss(plain, fresh, 7) - loss(tuned, fresh, 7), loss(tuned, other, 9) - loss((), other, 9)
+    assert gain > 0.01
+    assert abs(cost) < gain
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.module.named_parameters())
     assert not any(t.requires_grad for t in (tuned[0].out_weight, tuned[0].hidden_bias))
+
+
+def test_scoring_a_response_is_generating_it(world, fitted):
+    """Read in one forward, a response is as likely as it is token by token with the cache."""
+    model = world[0]
+    prompts, responses = tokens(1, 3, 70), torch.randint(5, 40, (3, 4), generator=torch.Generator().manual_seed(0))
+    newest = ac.Add(
+        "blocks.0.resid.post", 3 * torch.randn(32, generator=torch.Generator().manual_seed(1)), positions=-1
+    )
+    for clamps in (fitted, [newest], [*fitted, newest]):
+        got = response_nll(model, prompts, responses, clamps=clamps, batch_size=2).nll
+        bare = response_nll(model, prompts, responses).nll
+        for i in range(3):
+            rows, nll = Rows(model, alone=True), 0.0
+            logits = rows.join(prompts[i].tolist(), clamps)
+            for token in responses[i].tolist():
+                nll -= float(logits.double().log_softmax(-1)[token])
+                logits = rows.step([token])[0]
+            assert float(got[i]) == pytest.approx(nll, rel=1e-4)
+            assert abs(float(got[i] - bare[i])) > 1e-2
 
 
 def test_it_is_saved(world, fitted, tmp_path):

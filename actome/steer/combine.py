@@ -16,7 +16,6 @@ from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
 from actome.tasks.trials import interval
 
-from .placing import active
 from .preference import Pairs, odds
 
 if TYPE_CHECKING:
@@ -82,8 +81,8 @@ def interference(
     for goal, pairs in goals.items():
         bare = odds(model, pairs, per_token=per_token, batch_size=batch_size).preference
         for some in sets:
-            with active(model, [one for name in some for one in several[name]]):
-                found = odds(model, pairs, per_token=per_token, batch_size=batch_size).preference
+            together = [one for name in some for one in several[name]]
+            found = odds(model, pairs, clamps=together, per_token=per_token, batch_size=batch_size).preference
             moved[goal, some] = (found - bare).numpy()
     shown = [some for some in sets if len(some) in (1, 2, len(names))]
     effects = [(goal, " + ".join(some), *interval(moved[goal, some], seed)) for goal in goals for some in shown]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, eq=False)
 class Controlled(Clamp):
     r"""Adds :math:`s \, w_l \, \alpha d` at the newest token, where s and w are what a small network makes of states.
+
+    With ``positions=`` it adds at each of those, by what is read there: so a response that is read in one forward is
+    steered as it would be while it is generated.
 
     Args:
         read: the sites whose newest token it reads, in order.
@@ -55,6 +58,7 @@ class Controlled(Clamp):
     centre: Tensor | None = None
     spread: Tensor | None = None
     raw: bool = False
+    newest: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         missing = [name for name in _TENSORS if not isinstance(getattr(self, name), Tensor)]
@@ -67,25 +71,30 @@ class Controlled(Clamp):
         """The sites that the network reads."""
         return self.read
 
-    def strength(self, states_BR: Tensor) -> Tensor:
-        """What the direction is multiplied with at this site, (B), `scale` not included."""
-        x = (states_BR.float() - _on(self.centre, states_BR)) / _on(self.spread, states_BR)
+    def strength(self, states: Tensor) -> Tensor:
+        """What the direction is multiplied with at this site, (...), of states (..., R); `scale` not included."""
+        x = (states.float() - _on(self.centre, states)) / _on(self.spread, states)
         hidden = F.relu(F.linear(x, _on(self.hidden_weight, x), _on(self.hidden_bias, x)))
-        out_BL = F.linear(hidden, _on(self.out_weight, x), _on(self.out_bias, x))
-        s_B = out_BL[:, 0] if self.raw else out_BL[:, 0].sigmoid()
-        return s_B * out_BL[:, 1 + self.layer].sigmoid()
+        out = F.linear(hidden, _on(self.out_weight, x), _on(self.out_bias, x))
+        s = out[..., 0] if self.raw else out[..., 0].sigmoid()
+        return s * out[..., 1 + self.layer].sigmoid()
 
     def transform(self, x: Tensor, place: Place) -> Tensor:
+        if self.positions is not None:
+            return x + self._push(torch.cat([place.seen[name] for name in self.read], -1), x, place)
         last = self._last(x, place)
         rows = torch.arange(len(x), device=x.device)
         read_BR = torch.cat([place.seen[name][rows, last] for name in self.read], -1)
-        if read_BR.shape[-1] != len(self.centre):  # type: ignore[arg-type]
+        return x.index_put((rows, last), x[rows, last] + self._push(read_BR, x, place))
+
+    def _push(self, read: Tensor, x: Tensor, place: Place) -> Tensor:
+        """What is added, (..., D), where (..., R) was read."""
+        if read.shape[-1] != len(self.centre):  # type: ignore[arg-type]
             raise ClampError(
                 f"{place.site.name}: the controller reads {len(self.centre)} numbers, and {', '.join(self.read)} "  # type: ignore[arg-type]
-                f"have {read_BR.shape[-1]}"
+                f"have {read.shape[-1]}"
             )
-        push_BD = (self.scale * self.strength(read_BR))[:, None] * _on(self.direction, x)
-        return x.index_put((rows, last), x[rows, last] + push_BD.to(x.dtype))
+        return ((self.scale * self.strength(read))[..., None] * _on(self.direction, x)).to(x.dtype)
 
     @staticmethod
     def _last(x: Tensor, place: Place) -> Tensor:
@@ -239,9 +248,9 @@ class WeightedController:
                 some = torch.randint(len(pairs), (self.batch_size,), generator=generator).tolist()
                 kept = torch.randint(count(keep), (self.batch_size,), generator=generator).tolist()
                 part, rest = pairs.part(some), Pairs(keep[0], keep[1], keep[1]).part(kept)
-                with model.clamp(*self._clamps(net, names, steering, steered)):
-                    wanted = response_nll(model, part.prompts, part.wanted, grad=True).nll.mean()
-                    stay = response_nll(model, rest.prompts, rest.wanted, grad=True).nll
+                clamps = self._clamps(net, names, steering, steered)
+                wanted = response_nll(model, part.prompts, part.wanted, clamps=clamps, grad=True).nll.mean()
+                stay = response_nll(model, rest.prompts, rest.wanted, clamps=clamps, grad=True).nll
                 loss = wanted + (stay - usual[kept]).abs().mean()
                 adam.zero_grad()
                 loss.backward()

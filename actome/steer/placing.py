@@ -52,11 +52,12 @@ def while_scoring(clamps: Sequence[Clamp], placing: Placing, some: Spans) -> lis
     """The clamps as they act on prompts with given responses, read in one forward.
 
     ``"response"`` acts from the last token of the prompt on, at every position from which a token of the response is
-    predicted, as it does in generation.
+    predicted, as it does in generation. So do clamps that say themselves that they act at the newest token
+    (``positions=-1``, controllers): in one forward that would be the last of the response, which predicts nothing.
     """
     placed = while_generating(clamps, placing)
     if placing == "all":
-        return placed
+        return [one.at(positions=some.before) if _of_the_newest(one) else one for one in placed]
     at_T = torch.arange(some.batch.ids.shape[1])
     prompt_B = some.prompt[:, None]
     chosen_BT = {
@@ -65,6 +66,17 @@ def while_scoring(clamps: Sequence[Clamp], placing: Placing, some: Spans) -> lis
         "response": some.before,
     }[placing]
     return [one.at(positions=chosen_BT) for one in clamps]
+
+
+def _of_the_newest(clamp: Clamp) -> bool:
+    """Whether a clamp acts at the newest token of every forward, and so at each from which a response is predicted."""
+    if clamp.phase is not None or clamp.steps is not None:
+        return False
+    return clamp.positions is None if getattr(clamp, "newest", False) else _is_last(clamp.positions)
+
+
+def _is_last(positions: Any) -> bool:
+    return isinstance(positions, int) and positions == -1
 
 
 def active(model: Model, clamps: Sequence[Clamp]) -> AbstractContextManager[Any]:

@@ -10,9 +10,8 @@ Source: Why Steering Works: Toward a Unified View of Language Model Parameter Dy
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,15 +124,10 @@ def preference_utility(
 
     rows = []
     for multiplier in multipliers:
-        with at_strength(model, clamp, multiplier):
-            found = odds(model, pairs, per_token=per_token, batch_size=batch_size)
+        some = [scaled(clamp, multiplier)] if multiplier else []
+        found = odds(model, pairs, clamps=some, per_token=per_token, batch_size=batch_size)
         rows.append((multiplier, float(found.preference.mean()), float(found.utility.mean())))
     return pd.DataFrame(rows, columns=["multiplier", "preference", "utility"])
-
-
-def at_strength(model: Model, clamp: Clamp, multiplier: float) -> AbstractContextManager[Any]:
-    """The context of a multiple of a clamp's strength; of no clamp for zero."""
-    return nullcontext() if multiplier == 0 else model.clamp(scaled(clamp, multiplier))
 
 
 def scaled(clamp: Clamp, multiplier: float) -> Clamp:
