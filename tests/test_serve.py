@@ -25,6 +25,7 @@ from actome.steer.serving.rows import Rows  # noqa: E402
 PROMPT = "def main("
 CONSTANT = [ac.Add("blocks.2.resid.post", torch.randn(112, generator=torch.Generator().manual_seed(0)), scale=2.0)]
 FIRST_ONLY = [CONSTANT[0].at(steps=0)]
+LATER = [CONSTANT[0].at(steps=[2, 3])]
 
 
 def ask(server, method, path, content=None, stream=False):
@@ -47,7 +48,7 @@ def server(model):
     """Its address."""
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     limits = Limits(new=64, default_new=12, seconds=60, body=20_000, running=8, waiting=40)
-    app = make_app(model, {"bent": CONSTANT, "first": FIRST_ONLY}, name="demo", limits=limits)
+    app = make_app(model, {"bent": CONSTANT, "first": FIRST_ONLY, "later": LATER}, name="demo", limits=limits)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -90,11 +91,13 @@ def test_a_request_chooses_its_clamps(client, model):
     assert said(client, [{"name": "bent", "scale": -0.5}]) == wanted(model, CONSTANT[0].at(scale=-1.0))
     assert said(client, ["bent"]) != said(client)
     everything = client.completions.create(model="demo", prompt=PROMPT, max_tokens=12, temperature=0).choices[0].text
-    assert everything == wanted(model, *CONSTANT, *FIRST_ONLY)  # all apply where none is chosen
+    assert everything == wanted(model, *CONSTANT, *FIRST_ONLY, *LATER)  # all apply where none is chosen
 
 
 def test_a_clamp_of_some_steps_is_counted_by_request(client, model):
     assert said(client, ["first"]) == wanted(model, *FIRST_ONLY)
+    assert said(client, ["later"]) == wanted(model, *LATER)
+    assert said(client, ["later"]) not in (said(client), said(client, ["first"]))
 
 
 def test_streams_give_the_same_text_in_pieces(client, model):

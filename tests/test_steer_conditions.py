@@ -7,6 +7,8 @@ import actome as ac
 from actome.clamps import load_clamps, save_clamps
 from actome.core.errors import ClampError, MeasureError
 from actome.steer.conditions import Condition, Rule, Similar, best_threshold, similarity, when
+from actome.steer.likelihood import response_nll
+from actome.steer.serving.rows import Rows
 from actome.tasks import Subject, SubjectConfig
 from actome.tasks.trials import auroc
 
@@ -25,6 +27,37 @@ def prompts(first, n, seed, length=6):
     tokens = torch.randint(5, 40, (n, length), generator=torch.Generator().manual_seed(seed))
     tokens[:, 0] = first
     return tokens
+
+
+@pytest.mark.parametrize("over", ["mean", "last"])
+def test_scoring_judges_the_prompt_and_not_the_response(model, over):
+    """A response read with its prompt is steered as it is when it is generated token by token."""
+    asked = [row.tolist() for length in (3, 6) for row in prompts(1, 6, length, length)]
+    responses = torch.randint(5, 40, (12, 5), generator=torch.Generator().manual_seed(8))
+    before, site = ac.Add("blocks.0.resid.mid", 0.5 * drawn(4, 32)), "blocks.0.resid.post"
+    with model.clamp(before):
+        seen = [model.record(torch.tensor(row), site)[site][0] for row in asked]
+    pooled = torch.stack([x.mean(0) if over == "mean" else x[-1] for x in seen])
+    middle = float(similarity(pooled, drawn(3, 32)).median())
+    steered = when(
+        ac.Add("blocks.1.resid.mid", 4 * drawn(5, 32)),
+        Similar(site, direction=drawn(3, 32), threshold=middle, over=over),
+    )
+    clamps = [before, steered]
+    got = response_nll(model, asked, responses, clamps=clamps, batch_size=5).nll
+    bare = response_nll(model, asked, responses, clamps=[before]).nll
+    for i, row in enumerate(asked):
+        rows, nll = Rows(model, alone=True), 0.0
+        logits = rows.join(row, clamps)
+        for token in responses[i].tolist():
+            nll -= float(logits.double().log_softmax(-1)[token])
+            logits = rows.step([token])[0]
+        assert float(got[i]) == pytest.approx(nll, rel=1e-4)
+    assert int(((got - bare).abs() > 1e-3).sum()) == 6
+    # Of the rows that it is for, those that meet the condition.
+    some = response_nll(model, asked, responses, clamps=[before, steered.at(rows=[0, 1, 2])], batch_size=12).nll
+    assert torch.allclose(some[3:], bare[3:], rtol=1e-4)
+    assert torch.allclose(some[:3], got[:3], rtol=1e-4)
 
 
 def test_similarity_by_hand():

@@ -109,7 +109,11 @@ def test_scoring_a_response_is_generating_it(world, fitted):
     newest = ac.Add(
         "blocks.0.resid.post", 3 * torch.randn(32, generator=torch.Generator().manual_seed(1)), positions=-1
     )
-    for clamps in (fitted, [newest], [*fitted, newest]):
+    gates = [{"phase": "prompt"}, {"phase": "generated"}, {"steps": 0}, {"steps": [0, 2]}, {"steps": slice(1, 3)},
+             {"positions": -1, "steps": 0}, {"positions": -1, "phase": "generated"},
+             {"positions": [1, 5], "steps": [0, 1]}, {"positions": slice(2, 7), "phase": "generated"}]  # fmt: skip
+    kinds = [[newest.at(**{"positions": None, **gate})] for gate in gates]
+    for clamps in (fitted, [newest], [*fitted, newest], [fitted[0].at(phase="generated")], *kinds):
         got = response_nll(model, prompts, responses, clamps=clamps, batch_size=2).nll
         bare = response_nll(model, prompts, responses).nll
         for i in range(3):
@@ -119,7 +123,9 @@ def test_scoring_a_response_is_generating_it(world, fitted):
                 nll -= float(logits.double().log_softmax(-1)[token])
                 logits = rows.step([token])[0]
             assert float(got[i]) == pytest.approx(nll, rel=1e-4)
-            assert abs(float(got[i] - bare[i])) > 1e-2
+            assert abs(float(got[i] - bare[i])) > 1e-3
+    with pytest.raises(MeasureError, match="beside a phase or steps"):
+        response_nll(model, prompts, responses, clamps=[newest.at(positions=-2, phase="prompt")])
 
 
 def test_it_is_saved(world, fitted, tmp_path):

@@ -59,7 +59,7 @@ def response_nll(
     """
     sums, counts = [], []
     for one in spans(prompts, responses, model.tokenizer, batch_size):
-        with active(model, while_scoring(clamps, placing, one)):
+        with active(model, while_scoring(model, clamps, placing, one)):
             logits_NV = model.logits(one.batch, grad=grad)[one.before.to(model.device)].float()
         targets_N = one.targets.to(logits_NV.device)
         nll_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").double().cpu()

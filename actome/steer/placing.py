@@ -10,9 +10,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
+from actome.core.run import absolute
+from actome.core.select import chosen
 
 if TYPE_CHECKING:
     from actome.core.model import Model
@@ -48,31 +51,75 @@ def while_generating(clamps: Sequence[Clamp], placing: Placing) -> list[Clamp]:
     return [one.at(**_GENERATING[placing]) for one in clamps]
 
 
-def while_scoring(clamps: Sequence[Clamp], placing: Placing, some: Spans) -> list[Clamp]:
-    """The clamps as they act on prompts with given responses, read in one forward.
+def while_scoring(model: Model, clamps: Sequence[Clamp], placing: Placing, some: Spans) -> list[Clamp]:
+    """The clamps as they act on prompts with given responses, read in one forward, just as if these were generated.
 
-    ``"response"`` acts from the last token of the prompt on, at every position from which a token of the response is
-    predicted, as it does in generation. So do clamps that say themselves that they act at the newest token
-    (``positions=-1``, controllers): in one forward that would be the last of the response, which predicts nothing.
+    What looks at the newest token (``positions=-1``, controllers), at the phase or at steps means, in one forward, the
+    positions at which that would be so. A latched condition is judged on the prompts alone; clamps that then apply to
+    no row are left out.
+
+    Raises:
+        MeasureError: see `while_generating`; or positions beside a phase or steps that cannot be read at once.
     """
-    placed = while_generating(clamps, placing)
-    if placing == "all":
-        return [one.at(positions=some.before) if _of_the_newest(one) else one for one in placed]
+    placed = while_generating(_judged(model, clamps, some), placing)
+    return [_at_once(one, some) for one in placed]
+
+
+def _at_once(clamp: Clamp, some: Spans) -> Clamp:
+    """A clamp with its positions, phase and steps said as positions (batch, pos) of rows that hold the response."""
+    newest = clamp.positions is None if getattr(clamp, "newest", False) else _is_last(clamp.positions)
+    if not newest and clamp.phase is None and clamp.steps is None:
+        return clamp
     at_T = torch.arange(some.batch.ids.shape[1])
-    prompt_B = some.prompt[:, None]
-    chosen_BT = {
-        "prompt": at_T < prompt_B,
-        "last": at_T == prompt_B - 1,
-        "response": some.before,
-    }[placing]
-    return [one.at(positions=chosen_BT) for one in clamps]
+    # Step 0 reads the prompt, step k the k-th token of the response.
+    step_BT = (at_T - some.prompt[:, None] + 1).clamp_min(0)
+    chosen_BT = at_T < (some.prompt + some.response)[:, None]
+    if newest:
+        chosen_BT = chosen_BT & (at_T >= some.prompt[:, None] - 1)
+    elif clamp.positions is not None:
+        chosen_BT = chosen_BT & _named(clamp, len(at_T))
+    if clamp.phase is not None:
+        chosen_BT = chosen_BT & ((step_BT == 0) == (clamp.phase == "prompt"))
+    if clamp.steps is not None:
+        chosen_BT = chosen_BT & torch.isin(step_BT, torch.tensor(absolute(clamp.steps, int(step_BT.max()) + 1)))
+    return clamp.at(positions=chosen_BT, phase=None, steps=None)
 
 
-def _of_the_newest(clamp: Clamp) -> bool:
-    """Whether a clamp acts at the newest token of every forward, and so at each from which a response is predicted."""
-    if clamp.phase is not None or clamp.steps is not None:
-        return False
-    return clamp.positions is None if getattr(clamp, "newest", False) else _is_last(clamp.positions)
+def _named(clamp: Clamp, length: int) -> Tensor:
+    """Positions that a clamp names from the row's beginning on, (pos)."""
+    some = clamp.positions
+    ends = (some.start or 0, some.stop or 0) if isinstance(some, slice) else (some,) if isinstance(some, int) else some
+    if isinstance(some, Tensor) or min(ends, default=0) < 0:
+        raise MeasureError(
+            f"{type(clamp).__name__} at {clamp.site}: positions={some} beside a phase or steps are not those of a "
+            "whole response; count them from its beginning"
+        )
+    return torch.isin(torch.arange(length), torch.tensor(absolute(some, length)))
+
+
+def _judged(model: Model, clamps: Sequence[Clamp], some: Spans) -> list[Clamp]:
+    """The clamps with their latched conditions turned into rows, by a forward of the prompts."""
+    if not any(one.when is not None and one.when.latch for one in clamps):
+        return list(clamps)
+    prompts = [row[:end].tolist() for row, end in zip(some.batch.ids, some.prompt.tolist(), strict=True)]
+    judged: list[Clamp] = []
+    for one in clamps:
+        if one.when is None or not one.when.latch:
+            judged.append(one)
+            continue
+        parts = one.when.parts
+        # Under the clamps before it, since they may change what it judges.
+        with model.clamp(*judged, strict=False) if judged else nullcontext():
+            read = model.record(prompts, list(dict.fromkeys(part.site for part in parts)))
+        found = one.when.combine(tuple(part.holds(read[part.site], read.mask) for part in parts))
+        true_B = torch.as_tensor(found.any(1) if found.ndim > 1 else found).expand(len(prompts))
+        rows = true_B.nonzero().flatten().tolist()
+        if one.rows is not None:
+            meant = chosen(one.rows, len(prompts), "row")
+            rows = [row for row in rows if row in meant]
+        if rows:
+            judged.append(one.at(when=None, rows=rows))
+    return judged
 
 
 def _is_last(positions: Any) -> bool:

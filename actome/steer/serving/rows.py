@@ -53,7 +53,7 @@ class Rows:
         self._cache: DynamicCache | None = None
         self._mask_BT = torch.zeros(0, 0, dtype=torch.long, device=model.device)
         self._next_B = torch.zeros(0, dtype=torch.long, device=model.device)
-        self._step = 0
+        self._read: tuple[int, ...] | None = None  # of a lone sequence: what `Run` knew after its last forward
         self._context: Any = None
 
     def __len__(self) -> int:
@@ -66,8 +66,8 @@ class Rows:
         ids_1T = torch.tensor([list(ids)], device=self.model.device)
         mask_1T = torch.ones_like(ids_1T)
         if self.alone:
-            self._context, self._step = self._clamped(list(clamps)), 0
-        with self._counted(), self._context if self.alone else self._clamped(list(clamps)):
+            self._context, self._read = self._clamped(list(clamps)), None
+        with self._context if self.alone else self._clamped(list(clamps)), self._counted():
             logits_V = self._forward(ids_1T, mask_1T, None, cache)[0]
         # With the position that the next token will have.
         next_1 = torch.tensor([len(ids)], device=self.model.device)
@@ -88,7 +88,6 @@ class Rows:
         assert self._cache is not None
         ids_B1 = torch.tensor(tokens, device=self.model.device)[:, None]
         self._mask_BT = F.pad(self._mask_BT, (0, 1), value=1)
-        self._step += 1
         if self._context is None:
             alike = all(len(clamps) == 1 and clamps[0] is self.clamps[0][0] for clamps in self.clamps)
             # Where all rows have the same one they need not be told apart.
@@ -98,7 +97,7 @@ class Rows:
                 else [one.at(rows=[row]) for row, clamps in enumerate(self.clamps) for one in clamps]
             )
             self._context = self._clamped(some)
-        with self._counted(), self._context:
+        with self._context, self._counted():
             logits_BV = self._forward(ids_B1, self._mask_BT, self._next_B[:, None], self._cache)
         self._next_B = self._next_B + 1
         return logits_BV
@@ -153,11 +152,15 @@ class Rows:
         if not self.alone:
             yield
             return
+        # Within the clamps' context, which forgets what was before it.
         run = self.model.run
         run.reset()
-        run.generating, run.step = True, self._step - 1
+        run.generating = True
+        if self._read is not None:
+            run.batch, run.length, run.start, run.step = self._read
         try:
             yield
+            self._read = (run.batch, run.length, run.start, run.step)
         finally:
             run.generating = False
             run.reset()
