@@ -15,6 +15,7 @@
   an agent is about its action, raised or lowered
 - `steerability`, `Steerability`, `outcome_vectors` (`steerability`), `Asked`, `Resampled` (`chances`): how far a path
   can be moved at each of its positions
+- `SplitDirections`, `DirectionParts` (`split_directions`): what the model does by itself, and what when asked
 - `direction`, `states` (`directions`, `states`): what estimators are made of
 """
 
@@ -33,6 +34,7 @@ from .gguf import from_gguf, to_gguf
 from .manifold import Manifold
 from .persona import PersonaVector, Trait, prevent, screen, shift
 from .preference import Odds, Pairs, odds, preference_utility
+from .split_directions import DirectionParts, SplitDirections
 from .states import states
 from .steerability import Steerability, outcome_vectors, steerability
 from .transport import ActivationTransport, Transport
@@ -45,6 +47,7 @@ __all__ = [
     "Condition",
     "Contrast",
     "Controlled",
+    "DirectionParts",
     "EntropicClamp",
     "EntropicSteering",
     "Evaluation",
@@ -59,6 +62,7 @@ __all__ = [
     "Rule",
     "SampledActions",
     "Similar",
+    "SplitDirections",
     "Steerability",
     "Steering",
     "Trait",
