@@ -1,8 +1,19 @@
 """Causes and features: which neurons, layers and subspaces a behaviour comes from.
 
+- `direction_neurons`, `DirectionNeurons` (`direction_neurons`): MLP neurons that write a direction; `neuron_sets`
 - `outcome_probe`, `OutcomeProbe` (`outcome_probe`): what a state tells of the outcomes that are still possible
 """
 
+from .direction_neurons import DirectionNeurons, Neuron, NeuronSets, direction_neurons, neuron_sets, output_rows
 from .outcome_probe import OutcomeProbe, outcome_probe
 
-__all__ = ["OutcomeProbe", "outcome_probe"]
+__all__ = [
+    "DirectionNeurons",
+    "Neuron",
+    "NeuronSets",
+    "OutcomeProbe",
+    "direction_neurons",
+    "neuron_sets",
+    "outcome_probe",
+    "output_rows",
+]
