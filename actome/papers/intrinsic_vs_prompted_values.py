@@ -73,6 +73,12 @@ def _trial(seed: int, domains: int, steps: int, documents: int) -> dict[str, flo
     told = asked.examples(shown=half)  # the trap: labels from what was asked
     wrong = estimator.fit_examples(model, intrinsic, told)
     after = SplitDirections(SITE, over="response", batch_size=256).fit_examples(model, intrinsic, prompted)
+    elsewhere = {
+        i: SplitDirections(f"blocks.{i}.resid.post", over="prompt", batch_size=256).fit_examples(
+            model, intrinsic, prompted
+        )
+        for i in range(model.layers)
+    }
     # The same from one half of the documents and from the other: is what is unique to each there again?
     halves = [
         estimator.fit_examples(model, alone.half(which).examples(), asked.half(which).examples()) for which in (0, 1)
@@ -86,6 +92,8 @@ def _trial(seed: int, domains: int, steps: int, documents: int) -> dict[str, flo
         "cosine": parts.cosine_.value,
         "cosine_corrected": parts.cosine_corrected_,
         "p_of_cosine": parts.cosine_.p,
+        **{f"cosine_block_{i}": one.cosine_.value for i, one in elsewhere.items()},
+        **{f"cosine_block_{i}_corrected": one.cosine_corrected_ for i, one in elsewhere.items()},
         "cosine_at_answers": after.cosine_.value,
         "cosine_at_answers_corrected": after.cosine_corrected_,
         "length_intrinsic": float(parts.vector_int_.norm()),
