@@ -159,14 +159,15 @@ def direction_neurons(
 
     Attributions of one layer add up to what its MLP contributes to the difference of means along v. Where a norm
     stands behind the MLP (Gemma 2, OLMo 2), rows are taken through its gains and not through its division by each
-    token's length, so that they hold up to a positive factor.
+    token's length, so that they hold up to a positive factor. Experts of a mixture have no site of one vector a token;
+    shared experts do (``blocks.*.moe.shared.act``).
 
     Args:
         model: any model with proved MLP sites.
         vector: (D), a direction in the residual stream; its length does not matter.
         shown, hidden: examples that show the behaviour and examples that do not, as `states` takes them. Label them by
             what the model answers, not by what the prompt asked for.
-        k: how many to choose, over all sites.
+        k: how many to choose at most, over all sites.
         sites: activations that enter a down projection.
         before: where the vector was read, such as ``"blocks.3.resid.post"``: later MLPs are left out.
         over: which tokens of an example; see `states`.
