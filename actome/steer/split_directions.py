@@ -39,7 +39,8 @@ class DirectionParts:
         cosine_: of the two, with what chance gives it: labels shuffled within each set, of states from which the
             difference itself is taken out.
         cosine_corrected_: the cosine without the noise that few examples leave in both vectors; NaN where one of them
-            is no longer than its noise. Below 1 by much, the two truly differ.
+            is no longer than its noise, and unsteady (it may exceed 1) where it is little longer. Takes examples to be
+            independent. Below 1 by much, the two truly differ.
         site: where they were read, if that was said.
     """
 
