@@ -93,6 +93,24 @@ def tuned(world, model, vector=None, share=1.0, seed=0):
     return copy
 
 
+def test_of_one_token_the_state_it_comes_from_can_be_asked_for(lab):
+    world, model = lab
+    bad = set(words(world.table()[1]).split())
+    trait = Trait("x", [f"t{BAD}"], [f"t{GOOD}"], [f"t{6 + q} t{ASK}" for q in range(36)])
+    options = {"prompt": lambda instruction, question: f"{instruction} {question}", "rollouts": 2, "new_tokens": 1}
+    vector = PersonaVector(lambda _, q, said: 100.0 * (said in bad), over="prompt", **options).fit(model, trait)
+    # The difference of states at the prompt's end, by hand; nearly all responses are kept.
+    site = "blocks.1.resid.post"
+    ends = [
+        model.record(world.probe((0, 1, 2), system=one).prompts, site, positions=-1)[site].float().mean((0, 1))
+        for one in (BAD, GOOD)
+    ]
+    assert float(torch.cosine_similarity(vector.to(site).value, ends[0] - ends[1], dim=0)) > 0.99
+    with model.clamp(vector.to(site, 1.0)):
+        after, content = rate(world, model)
+    assert (after > 0.8, content > 0.9) == (True, True)
+
+
 def test_tuning_moves_along_it_and_prevention_keeps_it_from_spreading(lab, fitted):
     world, model = lab
     moved = tuned(world, model)
@@ -125,6 +143,8 @@ def test_bad_input_of_personas(lab):
     ask = {"prompt": lambda instruction, question: f"{instruction} {question}", "new_tokens": 1, "rollouts": 1}
     with pytest.raises(MeasureError, match="needs describe="):
         PersonaVector(lambda *_: 0).fit(model, "is cruel")
+    with pytest.raises(MeasureError, match="choose 'response' or 'prompt'"):
+        PersonaVector(lambda *_: 0, over="mean").fit(model, trait)
     with pytest.raises(MeasureError, match=r"0 of 1 responses under positive instructions score above 50 for 'x'"):
         PersonaVector(lambda *_: 0, **ask).fit(model, trait)
     with pytest.raises(MeasureError, match="a score is a number from 0 to 100"):

@@ -9,7 +9,8 @@
 - `bake`, `to_gguf`, `from_gguf` (`baking`, `gguf`): constant clamps shipped without actome; `serving` has a server
 - `evaluate`, `Evaluation` (`evaluate`): dose and response, with controls and a recommendation
 - `Pairs`, `odds`, `Choices`, `accuracy` (`preference`, `choices`): what it is judged by
-- `interference` (`combine`): several clamps at once
+- `interference`, `cosines` (`combine`): several clamps at once
+- `select_layer`, `LayerChoice` (`layers`): the site of a contrast, by what it does there
 - `preference_utility`, `Manifold` (`preference`, `manifold`): what it is made of
 - `EntropicSteering`, `EntropicClamp`, `SampledActions`, `action_entropy`, `entropic_curve` (`entropic`): how uncertain
   an agent is about its action, raised or lowered
@@ -22,7 +23,7 @@
 from .baking import Baked, bake
 from .chances import Asked, Resampled
 from .choices import Choices, accuracy
-from .combine import Interference, interference
+from .combine import Interference, cosines, interference
 from .conditions import Condition, Rule, Similar, when
 from .contrast import Contrast, Examples, Steering
 from .controller import Controlled, WeightedController
@@ -31,6 +32,7 @@ from .entropic import EntropicClamp, EntropicSteering, SampledActions, action_en
 from .evaluate import Evaluation, evaluate
 from .experts import ExpertTuner, TunedExperts
 from .gguf import from_gguf, to_gguf
+from .layers import LayerChoice, select_layer
 from .manifold import Manifold
 from .persona import PersonaVector, Trait, prevent, screen, shift
 from .preference import Odds, Pairs, odds, preference_utility
@@ -54,6 +56,7 @@ __all__ = [
     "Examples",
     "ExpertTuner",
     "Interference",
+    "LayerChoice",
     "Manifold",
     "Odds",
     "Pairs",
@@ -72,6 +75,7 @@ __all__ = [
     "accuracy",
     "action_entropy",
     "bake",
+    "cosines",
     "direction",
     "entropic_curve",
     "evaluate",
@@ -83,6 +87,7 @@ __all__ = [
     "preference_utility",
     "prevent",
     "screen",
+    "select_layer",
     "shift",
     "states",
     "steerability",

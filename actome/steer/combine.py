@@ -94,16 +94,26 @@ def interference(
             missing = interval(alone - marginal, seed)
             lost.append((goal, name, float(alone.mean()), float(marginal.mean()), *missing))
     return Interference(
-        _cosines(several),
+        cosines(several),
         pd.DataFrame(effects, columns=["goal", "clamps", "effect", "low", "high"]),
         pd.DataFrame(lost, columns=["goal", "clamp", "alone", "marginal", "lost", "low", "high"]),
     )
 
 
-def _cosines(clamps: Mapping[str, Sequence[Clamp]]) -> pd.DataFrame:
+def cosines(clamps: Mapping[str, Clamp | Sequence[Clamp]]) -> pd.DataFrame:
+    """Cosines between the vectors that clamps add, (clamp, clamp), by name: which traits are alike, and which opposed.
+
+    Args:
+        clamps: by name. Those that are no constant vector, or not of the same width, have NaN.
+
+    >>> import actome as ac, torch
+    >>> one = ac.Add("blocks.1.resid.post", torch.tensor([1.0, 0.0]))
+    >>> float(cosines({"a": one, "b": one.at(scale=-2.0)}).loc["a", "b"])
+    -1.0
+    """
     import pandas as pd
 
-    vectors = {name: _vector(some) for name, some in clamps.items()}
+    vectors = {name: _vector([some] if isinstance(some, Clamp) else some) for name, some in clamps.items()}
 
     def cosine(a: Tensor | None, b: Tensor | None) -> float:
         if a is None or b is None or a.shape != b.shape:

@@ -64,9 +64,9 @@ class Lab:
         """Measures with their 95 % intervals over pairs, questions or rows."""
         if strength == 0.0:
             if self._bare is None:
-                self._bare = self._measured((), "all")
+                self._bare = self.measured((), "all")
             return self._bare
-        return self._measured([scaled(one, strength) for one in clamps], placing)
+        return self.measured([scaled(one, strength) for one in clamps], placing)
 
     def preference(
         self, clamps: Sequence[Clamp], strength: float, placing: Placing, pairs: Pairs | None = None
@@ -85,7 +85,8 @@ class Lab:
             batch_size=self.batch_size,
         )
 
-    def _measured(self, clamps: Sequence[Clamp], placing: Placing) -> dict[str, Interval]:
+    def measured(self, clamps: Sequence[Clamp], placing: Placing = "all") -> dict[str, Interval]:
+        """The same of clamps as they are, with a scale or without one."""
         found = self._odds(clamps, placing, self.pairs)
         out = {name: interval(getattr(found, name).numpy(), self.seed) for name in ("preference", "utility")}
         if isinstance(self.task, Choices):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -80,6 +80,9 @@ class PersonaVector:
         new_tokens: of a response.
         temperature: of sampling.
         threshold: see above.
+        over: ``"response"``, the mean state over a response's tokens, or ``"prompt"``, the state at the prompt's last
+            token, from which the response comes: for responses of one token, whose own state tells what was said and
+            need not tell what will be.
         batch_size: rows a forward.
         seed: of sampling.
 
@@ -95,6 +98,7 @@ class PersonaVector:
     new_tokens: int = 64
     temperature: float = 1.0
     threshold: float = 50.0
+    over: Literal["response", "prompt"] = "response"
     batch_size: int = 8
     seed: int = 0
 
@@ -105,6 +109,8 @@ class PersonaVector:
             MeasureError: a trait in words and nobody to describe it; a judge that gives no score; too few responses
                 that show the trait, or that do not: the message says how many of how many.
         """
+        if self.over not in ("response", "prompt"):
+            raise MeasureError(f"over={self.over!r} does not exist here; choose 'response' or 'prompt'")
         if isinstance(trait, str):
             if self.describe is None:
                 raise MeasureError("a trait in words needs describe=, which makes instructions and questions of it")
@@ -118,7 +124,7 @@ class PersonaVector:
                 f"{left} of {of} responses under {name} instructions score {side} {self.threshold:g} for "
                 f"{trait.name!r}, and 8 are needed: other instructions, more rollouts, or a model that follows them"
             )
-        fitted = Contrast(self.sites, over="response", batch_size=self.batch_size, seed=self.seed).fit(
+        fitted = Contrast(self.sites, over=self.over, batch_size=self.batch_size, seed=self.seed).fit(
             model, Examples(kept["positive"], kept["negative"])
         )
         about = {**(fitted.about or {}), "trait": trait.name, "responses": of}
