@@ -122,7 +122,8 @@ def _checked(base: Batch, source: Batch, labels_N: Tensor, answers_N: Tensor | N
     ):
         told = "" if answers_N is None else f" and {len(answers_N)} answers of sources"
         raise MeasureError(
-            f"{len(base.ids)} base inputs, {len(source.ids)} sources, {len(labels_N)} labels{told}; give as many of each"
+            f"{len(base.ids)} base inputs, {len(source.ids)} sources, {len(labels_N)} labels{told}; "
+            "give as many of each"
         )
     if base.mask is not None or source.mask is not None or base.ids.shape != source.ids.shape:
         raise MeasureError("base inputs and sources must all be of one length in tokens; pad or cut the texts")
