@@ -110,7 +110,9 @@ def test_matching_one_to_one_is_the_best_sum_and_best_is_each_for_itself():
     _, _, _, base, tuned = planted(k=4, noise=2.0)
     found = ConceptShift(k=4).fit(base, tuned)
     cosine = F.normalize(found.recovered_, dim=1) @ F.normalize(found.tuned_, dim=1).T
-    best = max(itertools.permutations(range(4)), key=lambda order: sum(float(cosine[i, j]) for i, j in enumerate(order)))
+    best = max(
+        itertools.permutations(range(4)), key=lambda order: sum(float(cosine[i, j]) for i, j in enumerate(order))
+    )
     assert tuple(found.match_.tolist()) == best
     found.matching = "best"
     assert torch.equal(found.matched(found.recovered_), cosine.argmax(1))

@@ -97,10 +97,13 @@ class SetCoordinate(Clamp):
         unit = direction / direction.norm()
         wide = x.float()
         value = torch.as_tensor(self.value).to(wide)
-        missing = value - wide @ unit
-        if missing.shape != x.shape[:-1]:
+        if value.ndim and (
+            value.ndim != x.ndim - 1
+            or any(one not in (1, size) for one, size in zip(value.shape, x.shape[:-1], strict=True))
+        ):
             raise ClampError(
                 f"{place.site.name}: values of shape {tuple(value.shape)} do not fit {tuple(x.shape[:-1])}; "
                 "give a number, or one for each row and position"
             )
+        missing = value - wide @ unit
         return (wide + self.scale * missing[..., None] * unit).to(x.dtype)

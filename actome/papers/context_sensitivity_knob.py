@@ -28,14 +28,14 @@ from actome.tasks import Subject, SubjectConfig, train
 from actome.tasks.fact_table import Documents, FactTable, Intent
 from actome.tasks.trials import over_seeds, split, trial_seeds
 
-LAYERS, BATCH = 3, 64
+LAYERS, BATCH = 2, 64
 PAIRS, JUDGED = 1024, 512
 RANDOM = 4  # directions of the control
 OTHER: dict[Intent, Intent] = {"context": "prior", "prior": "context"}
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    count, steps, tuning = (1, 60, 30) if scale == "smoke" else (3, 800, 350)
+    count, steps, tuning = (1, 60, 30) if scale == "smoke" else (3, 1200, 600)
     seeds = over_seeds(lambda one: _trial(one, steps, tuning), seed, count)
     mean = {name: sum(values) / count for name, values in seeds.items()}
     control = {name: mean.pop(name) for name in list(mean) if name.startswith("random")}

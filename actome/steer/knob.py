@@ -177,7 +177,9 @@ class RankOneDAS:
         try:
             for _ in range(self.epochs):
                 for part in torch.randperm(len(labels_N), generator=generator).split(self.batch_size):
-                    swap = SetCoordinate(self.site, unit, (source_ND[part] @ unit)[:, None], positions=self.pos)
+                    # Both sides by u of length one: a gradient along u would be turned aside by Adam's scaling.
+                    along_B = source_ND[part] @ F.normalize(unit, dim=0)
+                    swap = SetCoordinate(self.site, unit, along_B[:, None], positions=self.pos)
                     with model.clamp(swap):
                         logits_BV = _last_logits(model, subset(base, part.tolist()))
                     loss = F.cross_entropy(logits_BV, labels_N[part].to(logits_BV.device))
