@@ -20,8 +20,8 @@ def planted(seed=0):
     """A network that answers by item and intent, and the direction that holds the intent.
 
     Prompts are [intent, item, LAST]. Layer 1 brings the intent to the last position, along the direction, +1 for
-    context and -1 for prior; layer 2 brings the item; the MLP of layer 3 has a unit for each item and intent. All of it is
-    turned by a random rotation.
+    context and -1 for prior; layer 2 brings the item; the MLP of layer 3 has a unit for each item and intent. All of
+    it is turned by a random rotation.
     """
     generator = torch.Generator().manual_seed(seed)
     config = SubjectConfig(

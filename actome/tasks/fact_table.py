@@ -119,6 +119,7 @@ class FactTable:
             values=(self.values, 2),
             statements=(self.statements, 1),
         )
+        counts(facts=(self.facts, self.statements + 1))
         object.__setattr__(self, "exposures", tuple(self.exposures))
         object.__setattr__(self, "trust", tuple(self.trust))
         counts(exposures=(len(self.exposures), 1), sources=(len(self.trust), 1))
