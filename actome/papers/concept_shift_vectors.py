@@ -40,12 +40,12 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     # Where every concept gains as much there is no rank correlation; such a tuning counts in no mean.
     mean = {name: float(np.nanmean(values)) if np.isfinite(values).any() else 0.0 for name, values in seeds.items()}
     control = {name: mean.pop(name) for name in list(mean) if name.startswith(("permuted", "common"))}
-    gain = np.mean([mean[f"overlap_{about}"] - mean[f"unshifted_{about}"] for about in TUNED])
-    without = np.mean([control[f"permuted_{about}"] - mean[f"unshifted_{about}"] for about in TUNED])
-    associated = np.mean([mean[f"spearman_{about}"] for about in TUNED])
-    figures = {"gain": float(gain), "spearman": float(associated)} | mean
+    gain = float(np.mean([mean[f"overlap_{about}"] - mean[f"unshifted_{about}"] for about in TUNED]))
+    without = float(np.mean([control[f"permuted_{about}"] - mean[f"unshifted_{about}"] for about in TUNED]))
+    associated = float(np.mean([mean[f"spearman_{about}"] for about in TUNED]))
+    figures = {"gain": gain, "spearman": associated} | mean
     figures["seeds"] = {name: values for name, values in seeds.items() if name not in control}
-    control["gain_permuted"] = float(without)
+    control["gain_permuted"] = without
     checks = {
         "shifted concepts share their top word with their match more often than unshifted ones, by 0.15": gain >= 0.15,
         "the shifts of other concepts gain less than 0.15": without < 0.15,
