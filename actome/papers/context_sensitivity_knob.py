@@ -30,6 +30,7 @@ from actome.tasks.trials import over_seeds, split, trial_seeds
 
 LAYERS, BATCH = 2, 64
 PAIRS, JUDGED = 1024, 512
+WAYS = (0.25, 0.5, 0.75, 1.0)  # from a relative's own mean coordinate to the tuned model's constant
 RANDOM = 4  # directions of the control
 OTHER: dict[Intent, Intent] = {"context": "prior", "prior": "context"}
 
@@ -46,8 +47,8 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
         "random directions bring at most 0.1 to either side": all(
             control[f"random_{intent}"] <= mean[f"open_{intent}"] + 0.1 for intent in OTHER
         ),
-        "the same knob moves the model before tuning, 0.2 to each side": all(
-            mean[f"before_knob_{intent}"] >= mean[f"before_open_{intent}"] + 0.2 for intent in OTHER
+        "the same direction moves the model before tuning, 0.2 to each side": all(
+            mean[f"before_direction_{intent}"] >= mean[f"before_open_{intent}"] + 0.2 for intent in OTHER
         ),
     }
     return figures, control, checks
@@ -80,7 +81,11 @@ def _trial(seed: int, steps: int, tuning: int) -> dict[str, float]:
         figures[f"before_open_{intent}"] = _share(before, judged.prompts, judged.wanted(intent))
         figures[f"knob_{intent}"] = _turned(after, knob, judged, intent)
         figures[f"before_knob_{intent}"] = _turned(before, knob, judged, intent)
-        figures[f"random_{intent}"] = _random(after, knob, pairs, judged, intent, other)
+        chosen = _constant(before, knob, known, intent)
+        with before.clamp(chosen):
+            figures[f"before_direction_{intent}"] = _share(before, judged.prompts, judged.wanted(intent))
+        figures[f"random_{intent}"] = _random(after, after, knob, pairs, judged, intent, other)
+        figures[f"random_before_{intent}"] = _random(before, after, knob, pairs, judged, intent, other)
     figures |= _swaps(after, knob, answered_right(after, judged))
     for name, model in (("", after), ("before_", before)):
         by = _answers(model, judged.prompts) == judged.by_context
@@ -146,11 +151,23 @@ def _turned(model: Model, knob: RankOneSubspace, asked: Documents, intent: Inten
         return _share(model, asked.prompts, asked.wanted(intent))
 
 
+def _constant(model: Model, knob: RankOneSubspace, known: Documents, intent: Intent) -> SetCoordinate:
+    """For a relative of the model, the constant that does best on known facts: on the way from its own mean."""
+    mean = float(knob.coordinates(model, known.prompts).mean())
+
+    def share(clamp: SetCoordinate) -> float:
+        with model.clamp(clamp):
+            return _share(model, known.prompts, known.wanted(intent))
+
+    values = [mean + way * (knob.means[intent] - mean) for way in WAYS]
+    return max((SetCoordinate(knob.site, knob.unit, value, positions=-1) for value in values), key=share)
+
+
 def _random(
-    model: Model, knob: RankOneSubspace, pairs: Documents, judged: Documents, intent: Intent, seed: int
+    model: Model, told: Model, knob: RankOneSubspace, pairs: Documents, judged: Documents, intent: Intent, seed: int
 ) -> float:
     """The share answered by an intent with random directions in the place of the fitted one, the mean over some."""
-    states = model.record(pairs.ask(intent), knob.site, positions=-1)[knob.site][:, 0]
+    states = told.record(pairs.ask(intent), knob.site, positions=-1)[knob.site][:, 0]
     generator = torch.Generator().manual_seed(seed)
     shares = []
     for _ in range(RANDOM):
@@ -177,7 +194,7 @@ ENTRY = Entry(
     home="actome.steer.RankOneDAS",
     claim="One direction in one layer, set to a constant and with no intent in the prompt, makes a tuned model answer "
     "facts it was not tuned on by a contradicting context or by what it knows, at least 0.8 either way; random "
-    "directions bring at most 0.1; the same knob moves the model before tuning by at least 0.2 to each side.",
+    "directions bring at most 0.1; the same direction moves the model before tuning by at least 0.2 to each side.",
     test=test,
     takes={"smoke": "seconds", "small": "about a minute and a half"},
     open="Models of the paper's size and natural facts; intents by examples instead of tuning; separation against "
