@@ -57,10 +57,10 @@ def layer_range_search(
 
     At one position, the last, the states of a source run with the opposite intent, about something else, take the
     place of the base run's in the layers 0 to e, for each e. While e grows, first the intent comes along and then the
-    source's answer too, so the share of base inputs that give *their own* answer under the source's intent rises and
-    falls. The end is the smallest e whose share is within `near` of the highest. From there layers are given back from
-    below, and the start is the largest that keeps `near` of the end's share. So the cost is linear in depth, at most
-    two forwards a layer.
+    source's answer too. So what counts is the share of base inputs that give *their own* answer under the source's
+    intent, less the share that give the source's, where that is told. The end is the smallest e within `near` of the
+    highest. From there layers are given back from below, and the start is the largest that keeps `near` of what the end
+    has. So the cost is linear in depth, at most two forwards a layer.
 
     Args:
         model: answers with one token after the last of an input.
@@ -94,6 +94,8 @@ def layer_range_search(
     answers_N = None if source_answers is None else torch.as_tensor(source_answers, dtype=torch.long)
     _checked(base, source, labels_N, answers_N, near)
     names = tuple(site.name for site in model.match(sites))
+    import pandas as pd
+
     rows: list[dict[str, float]] = []
 
     def tried(start: int, end: int) -> float:
@@ -102,18 +104,14 @@ def layer_range_search(
         if answers_N is not None:
             row["imported"] = float((answers == answers_N).double().mean())
         rows.append(row)
-        return row["flipped"]
+        return row["flipped"] - row.get("imported", 0.0)
 
     ends = [tried(0, end) for end in range(len(names))]
     end = next(e for e, share in enumerate(ends) if share >= near * max(ends))
-    start, rate = 0, ends[end]
-    for one in range(1, end + 1):
-        share = tried(one, end)
-        if share >= near * ends[end]:
-            start, rate = one, share
-    import pandas as pd
-
-    return LayerRange(start, end, rate, names, pd.DataFrame(rows))
+    start = max([0, *(one for one in range(1, end + 1) if tried(one, end) >= near * ends[end])])
+    frame = pd.DataFrame(rows)
+    rate = frame.set_index(["start", "end"]).loc[(start, end), "flipped"]
+    return LayerRange(start, end, float(rate), names, frame)
 
 
 def _checked(base: Batch, source: Batch, labels_N: Tensor, answers_N: Tensor | None, near: float) -> None:

@@ -30,7 +30,7 @@ from actome.tasks.trials import over_seeds, spearman, trial_seeds
 BATCH, LAYERS, CONCEPTS = 64, 2, 20
 SITE = f"blocks.{LAYERS - 1}.resid.post"
 TUNED: tuple[About, ...] = ("colours", "places")
-STRENGTHS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+STRENGTHS = tuple(0.5 + 0.05 * step for step in range(16))
 PERMUTATIONS = 8
 
 
@@ -124,7 +124,7 @@ def _steered(world: CaptionGrid, model: Model, fit: Pictures, chosen: Pictures, 
                 losses.append(usual - sum(_share(model, told, told.first) for told in others) / 2)
         return sum(gains) / len(gains), sum(losses) / len(losses)
 
-    some = Pictures(*(field[:500] for field in chosen))
+    some = Pictures(*(field[: min(len(field) // 4, 200)] for field in chosen))
     allowed = [scale for scale in STRENGTHS if effect(some, scale)[1] < 0.05]
     strength = max(allowed, default=min(STRENGTHS))
     gain, loss = effect(Pictures(*(field[:500] for field in judged)), strength)
