@@ -95,7 +95,8 @@ class SetCoordinate(Clamp):
             )
         direction = self.direction.to(device=x.device, dtype=torch.float32)
         unit = direction / direction.norm()
-        wide = x.float()
+        # A direction that is trained keeps what it was multiplied with; at some sites x is written over.
+        wide = x.to(torch.float32, copy=direction.requires_grad)
         value = torch.as_tensor(self.value).to(wide)
         if value.ndim and (
             value.ndim != x.ndim - 1
