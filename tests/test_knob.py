@@ -183,9 +183,8 @@ def test_the_same_seed_gives_the_same_direction_and_a_knob_survives_the_disk(tmp
 
 
 def test_a_site_that_is_written_in_place_can_be_fitted():
-    model, direction = planted()
     found = found_at("blocks.1.resid.mid")
-    assert abs(float(F.cosine_similarity(found.unit, direction, dim=0))) > 0.98
+    assert abs(float(F.cosine_similarity(found.unit, planted()[1], dim=0))) > 0.98
 
 
 def test_bfloat16_models_are_fitted_too():

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actome.core.clamp import Clamp
 from actome.core.load import wrap
 from actome.core.model import Model
 from actome.papers.registry import Entry, Scale
@@ -104,30 +105,30 @@ def _shifted(tuned: nn.Module, base_states: Tensor, tuned_states: Tensor) -> dic
 def _steered(world: CaptionGrid, model: Model, fit: Pictures, chosen: Pictures, judged: Pictures) -> dict[str, float]:
     """What coarse vectors towards each colour do to questions for colours, and to others.
 
-    The strength is the largest at which other answers lose less than 0.05 on pictures that are used for nothing else.
+    The strength of each is the largest at which other answers lose less than 0.05, on pictures used for nothing else.
     """
     asked = world.question(fit)
     states = _states(model, asked)
-    clamps = {}
-    for colour in range(world.colours):
-        target = world.colour_word(torch.tensor(colour))
-        clamps[int(target)] = coarse(SITE, states, asked.first == target)
 
-    def effect(pictures: Pictures, scale: float) -> tuple[float, float]:
+    def effect(pictures: Pictures, clamp: Clamp, target: Tensor) -> tuple[float, float]:
         question, others = world.question(pictures), (world.where(pictures), world.caption(pictures))
-        gains, losses = [], []
-        usual = sum(_share(model, told, told.first) for told in others) / 2
-        for target, clamp in clamps.items():
-            before = _share(model, question, torch.tensor(target))
-            with model.clamp(clamp.at(scale=scale)):
-                gains.append(_share(model, question, torch.tensor(target)) - before)
-                losses.append(usual - sum(_share(model, told, told.first) for told in others) / 2)
-        return sum(gains) / len(gains), sum(losses) / len(losses)
+        before, usual = _share(model, question, target), [_share(model, told, told.first) for told in others]
+        with model.clamp(clamp):
+            gain = _share(model, question, target) - before
+            return gain, sum(usual) / 2 - sum(_share(model, told, told.first) for told in others) / 2
 
     some = Pictures(*(field[: min(len(field) // 4, 200)] for field in chosen))
-    allowed = [scale for scale in STRENGTHS if effect(some, scale)[1] < 0.05]
-    strength = max(allowed, default=min(STRENGTHS))
-    gain, loss = effect(Pictures(*(field[:500] for field in judged)), strength)
+    rest = Pictures(*(field[:500] for field in judged))
+    found = []
+    for target in world.colour_word(torch.arange(world.colours)):
+        clamp = coarse(SITE, states, asked.first == target)
+        strength = min(STRENGTHS)
+        for one in STRENGTHS:
+            if effect(some, clamp.at(scale=one), target)[1] >= 0.05:
+                break
+            strength = one
+        found.append((strength, *effect(rest, clamp.at(scale=strength), target)))
+    strength, gain, loss = (sum(values) / len(values) for values in zip(*found, strict=True))
     return {"strength": strength, "steered_gain": gain, "steered_loss": loss}
 
 
