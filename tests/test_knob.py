@@ -236,6 +236,16 @@ def test_patching_every_position_is_another_question():
     assert others.rate == 0.0
 
 
+def test_a_range_is_given_where_more_is_imported_than_flipped_and_says_so():
+    model, _ = planted()
+    base, source, labels, answers, _ = pairs()
+    # Layer 2 alone brings the source's item and leaves the intent; what is asked for here never comes.
+    found = layer_range_search(model, base, source, labels + 100, source_answers=answers)
+    assert found.rate == 0.0
+    last = layer_range_search(model, base, source, labels + 100, source_answers=answers, sites="blocks.{2..3}.attn.out")
+    assert last.rate == 0.0
+
+
 def test_layers_are_searched_in_parts_alike():
     model, _ = planted()
     base, source, labels, answers, _ = pairs()

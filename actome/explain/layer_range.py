@@ -107,8 +107,10 @@ def layer_range_search(
         return row["flipped"] - row.get("imported", 0.0)
 
     ends = [tried(0, end) for end in range(len(names))]
-    end = next(e for e, share in enumerate(ends) if share >= near * max(ends))
-    start = max([0, *(one for one in range(1, end + 1) if tried(one, end) >= near * ends[end])])
+    enough = max(ends) - (1 - near) * abs(max(ends))
+    end = next(e for e, share in enumerate(ends) if share >= enough)
+    enough = ends[end] - (1 - near) * abs(ends[end])
+    start = max([0, *(one for one in range(1, end + 1) if tried(one, end) >= enough)])
     frame = pd.DataFrame(rows)
     rate = frame.set_index(["start", "end"]).loc[(start, end), "flipped"]
     return LayerRange(start, end, float(rate), names, frame)

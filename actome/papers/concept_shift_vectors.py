@@ -13,6 +13,7 @@ Control: each concept with the shift of another.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,8 @@ PERMUTATIONS = 8
 
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
-    count, steps, tuning, pictures = (1, 80, 20, 300) if scale == "smoke" else (3, 800, 150, 3000)
-    seeds = over_seeds(lambda one: _trial(one, steps, tuning, pictures), seed, count)
+    count, steps, tuning, pictures, every = (1, 80, 20, 200, 5) if scale == "smoke" else (3, 800, 150, 3000, 1)
+    seeds = over_seeds(lambda one: _trial(one, steps, tuning, pictures, every), seed, count)
     # Where every concept gains as much there is no rank correlation; such a tuning counts in no mean.
     mean = {name: float(np.nanmean(values)) if np.isfinite(values).any() else 0.0 for name, values in seeds.items()}
     control = {name: mean.pop(name) for name in list(mean) if name.startswith(("permuted", "common"))}
@@ -57,8 +58,9 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
     return figures, control, checks
 
 
-def _trial(seed: int, steps: int, tuning: int, count: int) -> dict[str, float]:
+def _trial(seed: int, steps: int, tuning: int, count: int, every: int) -> dict[str, float]:
     data, told, init, shown, chosen, judged = (one % 2**31 for one in trial_seeds(seed, 6))
+    strengths = STRENGTHS[::every]
     world = CaptionGrid(places=6, colours=8, seed=seed % 2**31)
     config = SubjectConfig(vocab=world.vocab, d_model=64, layers=LAYERS, heads=4, context=16)
     base = Subject.fresh(config, seed=init)
@@ -74,7 +76,9 @@ def _trial(seed: int, steps: int, tuning: int, count: int) -> dict[str, float]:
         after, wanted = wrap(tuned), world.caption(pictures, about)
         figures[f"accuracy_{about}"] = _share(after, wanted, wanted.first)
         figures |= {f"{name}_{about}": value for name, value in _shifted(tuned, states, _states(after, wanted)).items()}
-    return figures | _steered(world, model, pictures, world.pictures(count, chosen), world.pictures(count, judged))
+    return figures | _steered(
+        world, model, pictures, world.pictures(count, chosen), world.pictures(count, judged), strengths
+    )
 
 
 def _shifted(tuned: nn.Module, base_states: Tensor, tuned_states: Tensor) -> dict[str, float]:
@@ -102,7 +106,14 @@ def _shifted(tuned: nn.Module, base_states: Tensor, tuned_states: Tensor) -> dic
     }
 
 
-def _steered(world: CaptionGrid, model: Model, fit: Pictures, chosen: Pictures, judged: Pictures) -> dict[str, float]:
+def _steered(
+    world: CaptionGrid,
+    model: Model,
+    fit: Pictures,
+    chosen: Pictures,
+    judged: Pictures,
+    strengths: Sequence[float],
+) -> dict[str, float]:
     """What coarse vectors towards each colour do to questions for colours, and to others.
 
     The strength of each is the largest at which other answers lose less than 0.05, on pictures used for nothing else.
@@ -110,24 +121,30 @@ def _steered(world: CaptionGrid, model: Model, fit: Pictures, chosen: Pictures, 
     asked = world.question(fit)
     states = _states(model, asked)
 
-    def effect(pictures: Pictures, clamp: Clamp, target: Tensor) -> tuple[float, float]:
+    def steered(pictures: Pictures) -> Callable[[Clamp, Tensor], tuple[float, float]]:
+        """How much a clamp adds to the rate of a target, and what others lose, on these pictures."""
         question, others = world.question(pictures), (world.where(pictures), world.caption(pictures))
-        before, usual = _share(model, question, target), [_share(model, told, told.first) for told in others]
-        with model.clamp(clamp):
-            gain = _share(model, question, target) - before
-            return gain, sum(usual) / 2 - sum(_share(model, told, told.first) for told in others) / 2
+        usual = sum(_share(model, told, told.first) for told in others) / 2
+        before = _words(model, question)
 
-    some = Pictures(*(field[: min(len(field) // 4, 200)] for field in chosen))
-    rest = Pictures(*(field[:500] for field in judged))
+        def effect(clamp: Clamp, target: Tensor) -> tuple[float, float]:
+            with model.clamp(clamp):
+                gain = _share(model, question, target) - float((before == target).double().mean())
+                return gain, usual - sum(_share(model, told, told.first) for told in others) / 2
+
+        return effect
+
+    choose = steered(Pictures(*(field[: min(len(field) // 4, 200)] for field in chosen)))
+    judge = steered(Pictures(*(field[:500] for field in judged)))
     found = []
     for target in world.colour_word(torch.arange(world.colours)):
         clamp = coarse(SITE, states, asked.first == target)
-        strength = min(STRENGTHS)
-        for one in STRENGTHS:
-            if effect(some, clamp.at(scale=one), target)[1] >= 0.05:
+        strength = min(strengths)
+        for one in strengths:
+            if choose(clamp.at(scale=one), target)[1] >= 0.05:
                 break
             strength = one
-        found.append((strength, *effect(rest, clamp.at(scale=strength), target)))
+        found.append((strength, *judge(clamp.at(scale=strength), target)))
     strength, gain, loss = (sum(values) / len(values) for values in zip(*found, strict=True))
     return {"strength": strength, "steered_gain": gain, "steered_loss": loss}
 
@@ -137,9 +154,13 @@ def _states(model: Model, told: Told) -> Tensor:
 
 
 @torch.no_grad()
+def _words(model: Model, told: Told) -> Tensor:
+    return model.logits(told.prompts)[:, -1].argmax(-1)
+
+
 def _share(model: Model, told: Told, words: Tensor) -> float:
     """How often the first word of the answer is this one."""
-    return float((model.logits(told.prompts)[:, -1].argmax(-1) == words).double().mean())
+    return float((_words(model, told) == words).double().mean())
 
 
 ENTRY = Entry(
