@@ -9,7 +9,7 @@ from .heads import pattern_preserving_ablation
 from .patch import Patch
 from .quantise import Quantise, round_to
 from .saved import load_clamps, save_clamps
-from .subspace import Project
+from .subspace import Project, SetCoordinate
 
 __all__ = [
     "Ablate",
@@ -23,6 +23,7 @@ __all__ = [
     "Quantise",
     "Scale",
     "Set",
+    "SetCoordinate",
     "TopK",
     "clamp_during",
     "load_clamps",

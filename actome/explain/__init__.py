@@ -2,17 +2,21 @@
 
 - `direction_neurons`, `DirectionNeurons` (`direction_neurons`): MLP neurons that write a direction; `neuron_sets`
 - `outcome_probe`, `OutcomeProbe` (`outcome_probe`): what a state tells of the outcomes that are still possible
+- `layer_range_search`, `LayerRange` (`layer_range`): which layers carry an intent, by patching ranges of them
 """
 
 from .direction_neurons import DirectionNeurons, Neuron, NeuronSets, direction_neurons, neuron_sets, output_rows
+from .layer_range import LayerRange, layer_range_search
 from .outcome_probe import OutcomeProbe, outcome_probe
 
 __all__ = [
     "DirectionNeurons",
+    "LayerRange",
     "Neuron",
     "NeuronSets",
     "OutcomeProbe",
     "direction_neurons",
+    "layer_range_search",
     "neuron_sets",
     "outcome_probe",
     "output_rows",

@@ -6,6 +6,7 @@
 - `ExpertTuner`, `TunedExperts` (`experts`): experts that come with a behaviour, taken out or forced in
 - `WeightedController`, `Controlled` (`controller`): a small network sets the strength, by layer
 - `Condition`, `Similar`, `Rule`, `when` (`conditions`): steer only when the prompt says so
+- `RankOneDAS`, `RankOneSubspace` (`knob`): a direction that decides between two ways to answer, and sets which
 - `bake`, `to_gguf`, `from_gguf` (`baking`, `gguf`): constant clamps shipped without actome; `serving` has a server
 - `evaluate`, `Evaluation` (`evaluate`): dose and response, with controls and a recommendation
 - `Pairs`, `odds`, `Choices`, `accuracy` (`preference`, `choices`): what it is judged by
@@ -32,6 +33,7 @@ from .entropic import EntropicClamp, EntropicSteering, SampledActions, action_en
 from .evaluate import Evaluation, evaluate
 from .experts import ExpertTuner, TunedExperts
 from .gguf import from_gguf, to_gguf
+from .knob import RankOneDAS, RankOneSubspace
 from .layers import LayerChoice, select_layer
 from .manifold import Manifold
 from .persona import PersonaVector, Trait, prevent, screen, shift
@@ -61,6 +63,8 @@ __all__ = [
     "Odds",
     "Pairs",
     "PersonaVector",
+    "RankOneDAS",
+    "RankOneSubspace",
     "Resampled",
     "Rule",
     "SampledActions",
