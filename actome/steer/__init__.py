@@ -5,6 +5,7 @@
 - `ActivationTransport`, `Transport` (`transport`): from one distribution of activations to another
 - `ExpertTuner`, `TunedExperts` (`experts`): experts that come with a behaviour, taken out or forced in
 - `WeightedController`, `Controlled` (`controller`): a small network sets the strength, by layer
+- `SPLIT` (`split`): an update of one linear map, trained for preference and utility together
 - `Condition`, `Similar`, `Rule`, `when` (`conditions`): steer only when the prompt says so
 - `bake`, `to_gguf`, `from_gguf` (`baking`, `gguf`): constant clamps shipped without actome; `serving` has a server
 - `evaluate`, `Evaluation` (`evaluate`): dose and response, with controls and a recommendation
@@ -15,6 +16,8 @@
   an agent is about its action, raised or lowered
 - `steerability`, `Steerability`, `outcome_vectors` (`steerability`), `Asked`, `Resampled` (`chances`): how far a path
   can be moved at each of its positions
+- `resistance`, `attempts` (`resistance`): whether a model takes back what it was steered to
+- `fit_curves`, `equal_preference`, `Curves` (`curves`): how preference and utility go with strength, methods compared
 - `direction`, `states` (`directions`, `states`): what estimators are made of
 """
 
@@ -25,6 +28,7 @@ from .combine import Interference, interference
 from .conditions import Condition, Rule, Similar, when
 from .contrast import Contrast, Examples, Steering
 from .controller import Controlled, WeightedController
+from .curves import Curve, Curves, Decay, equal_preference, fit_curves
 from .directions import direction, gap
 from .entropic import EntropicClamp, EntropicSteering, SampledActions, action_entropy, entropic_curve
 from .evaluate import Evaluation, evaluate
@@ -33,11 +37,14 @@ from .gguf import from_gguf, to_gguf
 from .manifold import Manifold
 from .persona import PersonaVector, Trait, prevent, screen, shift
 from .preference import Odds, Pairs, odds, preference_utility
+from .resistance import Resistance, attempts, resistance
+from .split import SPLIT
 from .states import states
 from .steerability import Steerability, outcome_vectors, steerability
 from .transport import ActivationTransport, Transport
 
 __all__ = [
+    "SPLIT",
     "ActivationTransport",
     "Asked",
     "Baked",
@@ -45,6 +52,9 @@ __all__ = [
     "Condition",
     "Contrast",
     "Controlled",
+    "Curve",
+    "Curves",
+    "Decay",
     "EntropicClamp",
     "EntropicSteering",
     "Evaluation",
@@ -56,6 +66,7 @@ __all__ = [
     "Pairs",
     "PersonaVector",
     "Resampled",
+    "Resistance",
     "Rule",
     "SampledActions",
     "Similar",
@@ -67,10 +78,13 @@ __all__ = [
     "WeightedController",
     "accuracy",
     "action_entropy",
+    "attempts",
     "bake",
     "direction",
     "entropic_curve",
+    "equal_preference",
     "evaluate",
+    "fit_curves",
     "from_gguf",
     "gap",
     "interference",
@@ -78,6 +92,7 @@ __all__ = [
     "outcome_vectors",
     "preference_utility",
     "prevent",
+    "resistance",
     "screen",
     "shift",
     "states",
