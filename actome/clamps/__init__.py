@@ -10,6 +10,7 @@ from .patch import Patch
 from .quantise import Quantise, round_to
 from .saved import load_clamps, save_clamps
 from .subspace import Project, SetCoordinate
+from .update import WeightUpdate
 
 __all__ = [
     "Ablate",
@@ -25,6 +26,7 @@ __all__ = [
     "Set",
     "SetCoordinate",
     "TopK",
+    "WeightUpdate",
     "clamp_during",
     "load_clamps",
     "pattern_preserving_ablation",

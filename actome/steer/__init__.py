@@ -5,6 +5,7 @@
 - `ActivationTransport`, `Transport` (`transport`): from one distribution of activations to another
 - `ExpertTuner`, `TunedExperts` (`experts`): experts that come with a behaviour, taken out or forced in
 - `WeightedController`, `Controlled` (`controller`): a small network sets the strength, by layer
+- `SPLIT` (`split`): an update of one linear map, trained for preference and utility together
 - `Condition`, `Similar`, `Rule`, `when` (`conditions`): steer only when the prompt says so
 - `RankOneDAS`, `RankOneSubspace` (`knob`): a direction that decides between two ways to answer, and sets which
 - `bake`, `to_gguf`, `from_gguf` (`baking`, `gguf`): constant clamps shipped without actome; `serving` has a server
@@ -18,6 +19,8 @@
 - `steerability`, `Steerability`, `outcome_vectors` (`steerability`), `Asked`, `Resampled` (`chances`): how far a path
   can be moved at each of its positions
 - `SplitDirections`, `DirectionParts` (`split_directions`): what the model does by itself, and what when asked
+- `resistance`, `attempts` (`resistance`): whether a model takes back what it was steered to
+- `fit_curves`, `equal_preference`, `Curves` (`curves`): how preference and utility go with strength, methods compared
 - `direction`, `states` (`directions`, `states`): what estimators are made of
 """
 
@@ -28,6 +31,7 @@ from .combine import Interference, cosines, interference
 from .conditions import Condition, Rule, Similar, when
 from .contrast import Contrast, Examples, Steering
 from .controller import Controlled, WeightedController
+from .curves import Curve, Curves, Decay, equal_preference, fit_curves
 from .directions import direction, gap
 from .entropic import EntropicClamp, EntropicSteering, SampledActions, action_entropy, entropic_curve
 from .evaluate import Evaluation, evaluate
@@ -38,12 +42,15 @@ from .layers import LayerChoice, select_layer
 from .manifold import Manifold
 from .persona import PersonaVector, Trait, prevent, screen, shift
 from .preference import Odds, Pairs, odds, preference_utility
+from .resistance import Resistance, attempts, resistance
+from .split import SPLIT
 from .split_directions import DirectionParts, SplitDirections
 from .states import states
 from .steerability import Steerability, outcome_vectors, steerability
 from .transport import ActivationTransport, Transport
 
 __all__ = [
+    "SPLIT",
     "ActivationTransport",
     "Asked",
     "Baked",
@@ -51,6 +58,9 @@ __all__ = [
     "Condition",
     "Contrast",
     "Controlled",
+    "Curve",
+    "Curves",
+    "Decay",
     "DirectionParts",
     "EntropicClamp",
     "EntropicSteering",
@@ -66,6 +76,7 @@ __all__ = [
     "RankOneDAS",
     "RankOneSubspace",
     "Resampled",
+    "Resistance",
     "Rule",
     "SampledActions",
     "Similar",
@@ -78,11 +89,14 @@ __all__ = [
     "WeightedController",
     "accuracy",
     "action_entropy",
+    "attempts",
     "bake",
     "cosines",
     "direction",
     "entropic_curve",
+    "equal_preference",
     "evaluate",
+    "fit_curves",
     "from_gguf",
     "gap",
     "interference",
@@ -90,6 +104,7 @@ __all__ = [
     "outcome_vectors",
     "preference_utility",
     "prevent",
+    "resistance",
     "screen",
     "select_layer",
     "shift",
