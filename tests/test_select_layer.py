@@ -19,9 +19,6 @@ def lab():
     return model, Contrast().fit(model, examples), examples, pairs
 
 
-# -- layers -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_layer_chosen_is_the_one_with_the_largest_effect(lab):
     model, clamp, _, pairs = lab
     found = select_layer(model, clamp, pairs, strengths=(1.0,), allowed=9.0)
@@ -69,9 +66,23 @@ def test_ablation_is_chosen_by_what_it_takes_away(lab):
     assert ablated > float(odds(model, asked).preference.mean())
 
 
+@pytest.mark.parametrize("how", ["add", "ablate"])
+def test_directions_of_chance_are_not_chosen(lab, how):
+    model, clamp, examples, pairs = lab
+    noise = torch.randn(3, 64, generator=torch.Generator().manual_seed(4))
+    units = dict(zip(clamp.directions, noise / noise.norm(dim=1, keepdim=True), strict=True))
+    chance = replace(clamp, directions=units, value=units[clamp.site])
+    some = pairs
+    if how == "ablate":
+        some = Pairs(torch.as_tensor(examples.positive)[:12], pairs.unwanted[:12], pairs.wanted[:12])
+    found = select_layer(model, chance, some, how=how, strengths=(1.0,), random=6)
+    assert found.site is None
+    assert "controls raise preference as much" in found.why or "no strength" in found.why
+
+
 def test_it_chooses_as_evaluate_does(lab):
     model, clamp, _, pairs = lab
-    found = evaluate(model, clamp, pairs, strengths=(0.5, 1.0), sites=list(clamp.directions), random=0, new_tokens=0)
+    found = evaluate(model, clamp, pairs, strengths=(0.5, 1.0), sites=list(clamp.directions), new_tokens=0)
     from actome.tasks.trials import split
 
     half = pairs.part(split(len(pairs), [0.5, 0.5], 0)[0].tolist())
@@ -89,6 +100,8 @@ def test_bad_input_of_layers(lab):
         select_layer(model, clamp, pairs, strengths=(0.0, 1.0))
     with pytest.raises(MeasureError, match="was not fitted at"):
         select_layer(model, clamp, pairs, sites=["blocks.7.resid.post"])
+    with pytest.raises(MeasureError, match="random=-1"):
+        select_layer(model, clamp, pairs, random=-1)
 
 
 def test_cosines_by_hand():
@@ -97,13 +110,3 @@ def test_cosines_by_hand():
     assert table.loc["a", "b"] == pytest.approx(0.5**0.5, abs=1e-6)
     assert table.loc["a", "c"] == pytest.approx(-1.0, abs=1e-6)
     assert cosines({"a": ac.Scale("x"), "b": ac.Scale("x")}).isna().all(axis=None)
-
-
-# -- shared and unique ------------------------------------------------------------------------------------------------
-
-
-def planted(asked=1.0, width=32, count=400, seed=0):
-    """Value along channel 0; own along 1 where it is unasked, and `asked` along 2 where it is asked for."""
-    noise = torch.randn(4, count, width, generator=torch.Generator().manual_seed(seed))
-    axis = torch.eye(width) * 3
-    return noise[0] + axis[0] + axis[1], noise[1], noise[2] + axis[0] + asked * axis[2], noise[3]

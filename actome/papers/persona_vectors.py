@@ -113,7 +113,7 @@ def _placed(world: PersonaWorld, model: Model, fitted: Steering) -> Steering:
     """Put where and as strongly as validation questions say."""
     probe = world.probe(CHOSEN)
     pairs = Pairs(probe.prompts, probe.bad[:, None], probe.good[:, None])
-    chosen = select_layer(model, fitted, pairs, strengths=STRENGTHS, task=lambda m: _said(m, probe).sum(1))
+    chosen = select_layer(model, fitted, pairs, strengths=STRENGTHS, random=0, task=lambda m: _said(m, probe).sum(1))
     if chosen.site is None or chosen.strength is None:
         return fitted
     return replace(fitted.to(chosen.site), scale=chosen.strength)

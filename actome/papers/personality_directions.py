@@ -81,6 +81,7 @@ def _chosen(world: TraitWorld, model: Model, clamp: Steering, questions: Tensor,
         pairs,
         how=how,
         strengths=STRENGTHS,
+        random=0,
         task=lambda m: world.judge(m.logits(prompts)[:, -1], questions).content,
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from actome.clamps import Add
+from actome.clamps import Add, Project
 from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
 
@@ -53,7 +53,7 @@ def dealt(
     for site, some in fitted:
         arms.append(Arm(site, "fitted", 0, some))
         if all(map(_has_random, some)):
-            arms += [Arm(site, "random", i, [_random(one, generator) for one in some]) for i in range(random)]
+            arms += [Arm(site, "random", i, [random_of(one, generator) for one in some]) for i in range(random)]
     if estimator is not None and data is not None:
         for draw in range(shuffled):
             # At its own length: what labels without meaning would have given.
@@ -78,10 +78,12 @@ def _has_random(clamp: Clamp) -> bool:
     return hasattr(clamp, "random") or (isinstance(clamp, Add) and isinstance(clamp.value, Tensor))
 
 
-def _random(clamp: Clamp, generator: torch.Generator) -> Clamp:
-    """The clamp with a random direction of the same norm: its own `random(seed)`, or another vector to add."""
+def random_of(clamp: Clamp, generator: torch.Generator) -> Clamp:
+    """The clamp with a random direction of the same norm: its own `random(seed)`, another vector to add or take out."""
     if hasattr(clamp, "random"):
         return clamp.random(int(torch.randint(2**31, (1,), generator=generator)))
+    if isinstance(clamp, Project):
+        return clamp.at(basis=torch.randn(torch.as_tensor(clamp.basis).shape, generator=generator))
     value = torch.as_tensor(clamp.value)  # type: ignore[attr-defined]
     noise = torch.randn(value.shape, generator=generator)
     return clamp.at(value=noise / noise.norm() * value.float().norm().cpu())

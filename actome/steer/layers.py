@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
 
 from .contrast import Steering
+from .controls import random_of
 from .lab import Lab, Task
 from .placing import Placing
 from .preference import Pairs
@@ -56,6 +59,7 @@ def select_layer(
     allowed: float = 0.1,
     per_token: bool = False,
     new_tokens: int = 0,
+    random: int = 3,
     batch_size: int = 16,
     seed: int = 0,
 ) -> LayerChoice:
@@ -63,7 +67,7 @@ def select_layer(
 
     All pairs serve for choosing: give validation data, and judge on others. What is chosen is what `evaluate` would
     choose of its half: the smallest strength that gives 90 % of the preference that can be had with at most the allowed
-    damage, over all sites. No control is looked at here; that is for judging.
+    damage, over all sites; nothing where random directions at any of the sites do as much.
 
     Args:
         model: to be steered.
@@ -77,6 +81,8 @@ def select_layer(
         text, task, prompts, per_token, new_tokens: what must not suffer; as `evaluate` takes them.
         positions: where the addition acts; an ablation acts at all tokens.
         allowed: rise of nll and repetition, fall of accuracy, up to which a site may be chosen.
+        random: directions to compare with at each site; 0 compares with none.
+        seed: of those, and of intervals.
 
     Raises:
         MeasureError: a clamp that was not fitted at sites, an unknown `how`, a site that was not looked at, strengths
@@ -103,22 +109,31 @@ def select_layer(
         raise MeasureError(f"how={how!r} does not exist; choose 'add' or 'ablate'")
     if how == "add" and (not strengths or min(strengths) <= 0):
         raise MeasureError(f"strengths={list(strengths)}: give numbers above 0, one at least")
+    if random < 0:
+        raise MeasureError(f"random={random}: a number of directions")
     steps = [1.0] if how == "ablate" else sorted(strengths)
     found = {site: clamp.to(site, 1.0) for site in (clamp.directions if sites is None else sites)}
     tried: dict[str, Clamp] = {site: one.ablate(everywhere) if how == "ablate" else one for site, one in found.items()}
     placing: Placing = "all" if how == "ablate" else positions
     lab = Lab(model, pairs, text, prompts, task, per_token, new_tokens, batch_size, seed)
     rows = []
+    generator = torch.Generator().manual_seed(seed)
     for site, one in tried.items():
-        for step in (0.0, *steps):
-            plain = how == "ablate" and step > 0
-            got = lab.measured([one], placing) if plain else lab.at([one], step, placing)
-            rows += [(site, placing, "fitted", 0, step, name, value[0]) for name, value in got.items()]
+        arms = [("fitted", 0, one), *(("random", i, random_of(one, generator)) for i in range(random))]
+        for arm, draw, some in arms:
+            for step in (0.0, *steps):
+                plain = how == "ablate" and step > 0
+                got = lab.measured([some], placing) if plain else lab.at([some], step, placing)
+                rows += [(site, placing, arm, draw, step, name, value[0]) for name, value in got.items()]
     import pandas as pd
 
     frame = pd.DataFrame(rows, columns=["site", "positions", "arm", "draw", "strength", "measure", "value"])
     site, _, strength, why = recommend(frame, allowed)
-    table = frame.pivot(index=["site", "strength"], columns="measure", values="value").reset_index()
+    table = (
+        frame[frame["arm"] == "fitted"]
+        .pivot(index=["site", "strength"], columns="measure", values="value")
+        .reset_index()
+    )
     table.columns.name = None
     table = table.drop(columns="off_manifold", errors="ignore")
     if site is None or strength is None:

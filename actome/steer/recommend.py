@@ -44,13 +44,14 @@ def recommend(frame: pd.DataFrame, allowed: float) -> Advice:
     enough = usable.assign(gain=gain)[gain >= 0.9 * gain.max()]
     best = enough.sort_values(["strength", "gain"], ascending=[True, False]).iloc[0]
     got = best["preference"] - bare["preference"]
-    there = chance[(chance[_PLACE] == best[_PLACE]).all(axis=1)] if len(chance) else chance
+    # Of controls anywhere: the best of several places is better than the controls of one of them by chance alone.
+    there = chance[chance["strength"] == best["strength"]]
     beside = "; no control was looked at"
     if len(there):
         other = there["preference"].max() - bare["preference"]
         if other >= got:
             return _nothing(f"controls raise preference as much ({other:.2f} of {got:.2f} nats)")
-        beside = f"; the best control there moves it by {other:+.2f}"
+        beside = f"; the best control moves it by {other:+.2f}"
     costs = [f"{name} {best[name] - bare[name]:+.3f}" for name in HARM if name in wide]
     cost = f" ({', '.join(costs)})" if costs else ""
     why = f"preference {got:+.2f} nats{cost}: 90 % of what can be had with damage up to {allowed:g}{beside}"
