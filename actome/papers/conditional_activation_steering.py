@@ -3,8 +3,8 @@
 The paper steers a language model towards refusal only when the prompt's own activations lie along a direction that
 stands for a category of prompts, with rules over several such conditions.
 
-Tested on topics in five categories. A subject learns documents of two exchanges in the chat frame: both on one category,
-both refused in a tenth of the documents, whatever the category. So it can refuse, and hardly ever does by itself. The
+Tested on topics in five categories. A subject learns documents of two exchanges in the chat frame: both on one
+category, both refused in a tenth of the documents, whatever the category. So it can refuse, and hardly ever does by itself. The
 behaviour is the first component of pairs of documents that differ in the first answer, a refusal or the right one, read
 at the end of the second prompt; its site and strength are chosen on validation prompts without any condition. Each
 category's condition is fitted on pairs of prompts that differ in the topic alone. Judged is what is generated for new
@@ -77,7 +77,7 @@ def _trial(seed: int, steps: int, count: int) -> dict[str, float]:
     category = world.category(asked.topics)
     earlier = before(model, CONDITIONS, behaviour.site)
     conditions, shuffled = (
-        {f"c{k}": _condition(model, world, k, fit + 1, draw if mixed else None) for k in range(CATEGORIES)}
+        {f"c{k}": _condition(model, world, k, earlier, fit + 1, draw if mixed else None) for k in range(CATEGORIES)}
         for mixed in (False, True)
     )
     base, always = _refuses(model, world, asked), _refuses(model, world, asked, behaviour)

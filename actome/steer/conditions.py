@@ -128,6 +128,8 @@ class Rule(When):
         for name in names:
             if name not in known:
                 raise ClampError(f"the rule names {name!r}, which is no condition{nearest(name, known)}")
+            if isinstance(known[name], Rule):
+                raise ClampError(f"{name!r} is a rule itself; write what it says into this rule, in parentheses")
         object.__setattr__(self, "conditions", {name: known[name] for name in dict.fromkeys(names)})
         object.__setattr__(self, "site", next(reversed(self.conditions.values())).site)  # type: ignore[union-attr]
 
