@@ -4,9 +4,9 @@ The paper steers a language model towards refusal only when the prompt's own act
 stands for a category of prompts, with rules over several such conditions.
 
 Tested on topics in five categories. A subject learns documents of two exchanges in the chat frame: both on one
-category, both refused in a tenth of the documents, whatever the category. So it can refuse, and hardly ever does by itself. The
-behaviour is the first component of pairs of documents that differ in the first answer, a refusal or the right one, read
-at the end of the second prompt; its site and strength are chosen on validation prompts without any condition. Each
+category, both refused in a tenth of the documents, whatever the category. So it can refuse, and hardly ever does by
+itself. The behaviour is the first component of pairs of documents that differ in the first answer, a refusal or the
+right one, read at the end of the second prompt; its site and strength are chosen on validation prompts without any condition. Each
 category's condition is fitted on pairs of prompts that differ in the topic alone. Judged is what is generated for new
 prompts. Controls: the behaviour without a condition, a random behaviour of the same length under the true condition,
 and conditions fitted on shuffled labels.
@@ -33,7 +33,7 @@ from actome.tasks.trials import over_seeds, trial_seeds
 
 CATEGORIES, FILLERS = 5, 2
 BEHAVIOUR, STRENGTHS = "blocks.{1..2}.resid.post", (1.0, 1.5, 2.0)
-CONDITIONS = "blocks.{0..1}.resid.post"
+CONDITIONS, PROMPTS = "blocks.{0..1}.resid.{mid,post}", 600
 # Over three of the five conditions: which categories each rule asks to refuse.
 RULES = {"c0 or c1": {0, 1}, "not c2": {0, 1, 3, 4}}
 
@@ -124,8 +124,8 @@ def _behaviour(model: Model, world: SafetyTopics, seed: int, asked: Exchange) ->
 
 def _condition(model: Model, world: SafetyTopics, category: int, sites: str, seed: int, shuffle: int | None) -> When:
     """Fitted on prompts that differ from one another in the topic alone; the same draw gives the same details."""
-    inside = world.chat(150, seed, distractors=FILLERS, category=category).prompts
-    drawn = world.chat(150, seed, distractors=FILLERS)
+    inside = world.chat(PROMPTS, seed, distractors=FILLERS, category=category).prompts
+    drawn = world.chat(PROMPTS, seed, distractors=FILLERS)
     keep = world.category(drawn.topics) != category
     prompts, others = inside[keep], drawn.prompts[keep]
     if shuffle is not None:
