@@ -6,10 +6,10 @@ stands for a category of prompts, with rules over several such conditions.
 Tested on topics in five categories. A subject learns documents of two exchanges in the chat frame: both on one
 category, both refused in a tenth of the documents, whatever the category. So it can refuse, and hardly ever does by
 itself. The behaviour is the first component of pairs of documents that differ in the first answer, a refusal or the
-right one, read at the end of the second prompt; its site and strength are chosen on validation prompts without any condition. Each
-category's condition is fitted on pairs of prompts that differ in the topic alone. Judged is what is generated for new
-prompts. Controls: the behaviour without a condition, a random behaviour of the same length under the true condition,
-and conditions fitted on shuffled labels.
+right one, read at the end of the second prompt; its site and strength are chosen on validation prompts without any
+condition. Each category's condition is fitted on pairs of prompts that differ in the topic alone. Judged is what is
+generated for new prompts. Controls: the behaviour without a condition, a random behaviour of the same length under the
+true condition, and conditions fitted on shuffled labels.
 """
 
 from __future__ import annotations
