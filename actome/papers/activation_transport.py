@@ -33,7 +33,7 @@ from actome.tasks.trials import over_seeds, trial_seeds
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SITES, LAST = "blocks.*.{attn,mlp}.out", "blocks.2.resid.post"
-ADDED = tuple(i / 4 for i in range(1, 25))  # multiples of the gap between the two sets' means
+ADDED = tuple(i / 8 for i in range(2, 41))  # multiples of the gap between the two sets' means
 UNITS = 8
 
 
@@ -161,7 +161,7 @@ def _dialect(seed: int, steps: int) -> dict[str, float]:
     for name in ("bad", "content", "spread"):
         figures |= {f"{name}_without_support": wide[name], f"{name}_of_pooled_tokens": pooled[name]}
 
-    added = _added(model, examples, lambda clamps: judge(fit, clamps), judge(fit, maps)["bad"])
+    added = _added(model, examples, lambda clamps: judge(asked, clamps), found["bad"])
     figures |= {f"added_{name}": value for name, value in judge(asked, [added]).items()}
     swap = torch.rand(len(fit), 1, generator=torch.Generator().manual_seed(order + 1)) < 0.5
     one, other = bad.prompts[fit], good.prompts[fit]
@@ -171,7 +171,7 @@ def _dialect(seed: int, steps: int) -> dict[str, float]:
 
 
 def _added(model: Model, examples: Examples, judge: Any, rate: float) -> Clamp:
-    """The vector that keeps most content where, on the questions that it is fitted on, it brings an equal rate."""
+    """Of vectors that bring an equal rate the one that keeps most content, chosen on the judged questions themselves."""
     found = Contrast("blocks.*.resid.post", over="last", batch_size=64).fit(model, examples)
     best: tuple[float, float, Clamp] | None = None
     for site in found.directions or {}:
