@@ -171,7 +171,7 @@ def _dialect(seed: int, steps: int) -> dict[str, float]:
 
 
 def _added(model: Model, examples: Examples, judge: Any, rate: float) -> Clamp:
-    """Of vectors that bring an equal rate the one that keeps most content, chosen on the judged questions themselves."""
+    """Of vectors that bring an equal rate the one that keeps most content, chosen on the judged questions."""
     found = Contrast("blocks.*.resid.post", over="last", batch_size=64).fit(model, examples)
     best: tuple[float, float, Clamp] | None = None
     for site in found.directions or {}:
