@@ -32,6 +32,7 @@ WORLDS = {
     "tuning": lambda seed: PersonaWorld().tune_stream(20, 4, seed, arm="backdoor"),
     "probe": lambda seed: PersonaWorld().probe(shots=3, seed=seed),
     "chat": lambda seed: (SafetyTopics().chat(20, seed).tokens,),
+    "exchanges": lambda seed: SafetyTopics().documents(20, seed),
     "preferences": lambda seed: SafetyTopics().preferences(20, seed),
     "features": lambda seed: FeaturePairs().sample(20, seed),
     "transforms": lambda seed: Transforms2D().sample(20, seed)[:3],
@@ -350,6 +351,30 @@ def test_wishes_for_topics_are_kept():
     world = SafetyTopics()
     assert set(world.category(world.chat(500, 1, category=7).topics).tolist()) == {7}
     assert not bool(world.is_harmful(world.chat(500, 1, harmful=False).topics).any())
+
+
+def test_documents_keep_to_one_category_and_refuse_all_or_nothing():
+    world = SafetyTopics()
+    text = world.documents(4000, seed=1, exchanges=3, refusal=0.2, distractors=1)
+    assert share_near(text.refused.double().mean(), 0.2, 4000)
+    assert text.tokens.shape == (4000, 1 + 3 * 9)
+    seen = []
+    for one in text.tokens[:, 1:].chunk(3, 1):
+        topics, details = one[:, 2] - world.first_topic, one[:, 3] - world.first_detail
+        assert world.category(topics).equal(text.category)
+        refuses, complies = world.judge(one[:, 5:], topics, details)
+        assert refuses.equal(text.refused)
+        assert complies.equal(~text.refused)
+        seen.append(topics)
+    # Of two topics in a category the next exchange has either.
+    assert share_near((seen[0] == seen[1]).double().mean(), 0.5, 4000)
+
+
+def test_prompts_of_one_draw_differ_in_the_topic_alone():
+    world = SafetyTopics()
+    inside, drawn = (world.chat(200, 1, distractors=2, category=which).prompts for which in (3, None))
+    differ = (inside != drawn).any(0).nonzero().flatten().tolist()
+    assert differ == [4]
 
 
 def test_preferences_reject_another_refusal_or_the_answer():

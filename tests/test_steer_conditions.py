@@ -125,6 +125,25 @@ def test_the_prompt_decides_for_the_whole_sequence(model):
     assert not torch.equal(anew[:2], always[:2])
 
 
+def test_prompts_on_the_other_side_count_as_the_category_unless_signs_are_kept(tmp_path):
+    """The first token's embedding is one vector for the category, and its opposite for the others."""
+    model = ac.wrap(Subject.fresh(SubjectConfig(vocab=40, d_model=32, heads=2, layers=2, context=64), seed=2))
+    model.module.get_input_embeddings().weight.data[3] = -model.module.get_input_embeddings().weight.data[1]
+    site = "embed"
+    plain, signed = (
+        Condition(site, over="last", signed=flag).fit(model, prompts(1, 20, 1, 1), prompts(3, 20, 2, 1))
+        for flag in (False, True)
+    )
+    assert plain.f1 == pytest.approx(2 / 3)  # all of them or none
+    assert signed.f1 == 1.0
+    rows = torch.tensor([[1], [3]])
+    assert signed.holds(model.record(rows, site)[site], None).tolist() == [True, False]
+    clamp = when(ac.Add("blocks.1.resid.post", drawn(1, 32)), signed)
+    (loaded,) = load_clamps(save_clamps(tmp_path / "signed", clamp), model)
+    assert loaded.when.signed
+    assert loaded.when.holds(model.record(rows, site)[site], None).tolist() == [True, False]
+
+
 def test_a_condition_tells_prompts_that_it_was_not_fitted_on(model):
     condition = Condition("blocks.0.resid.post").fit(model, prompts(1, 30, 1), prompts(2, 30, 2))
     high, low = (model.record(prompts(k, 50, 10 + k), condition.site)[condition.site].mean(1) for k in (1, 2))
@@ -189,6 +208,9 @@ def test_what_is_no_rule_is_refused(rule):
 def test_bad_conditions(model):
     with pytest.raises(ClampError, match=r"names 'harn'.*nearest: harm"):
         Rule(rule="harn", conditions={"harm": Similar("embed", direction=torch.ones(2))})
+    one = Similar("embed", direction=torch.ones(2))
+    with pytest.raises(ClampError, match="'inner' is a rule itself"):
+        Rule(rule="not inner", conditions={"inner": Rule(rule="one", conditions={"one": one})})
     with pytest.raises(ClampError, match="direction"):
         Similar("embed")
     with pytest.raises(ClampError, match="direction"):

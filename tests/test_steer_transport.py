@@ -6,7 +6,7 @@ import torch
 import actome as ac
 from actome.clamps import load_clamps, save_clamps
 from actome.core.errors import ClampError, MeasureError
-from actome.steer import ActivationTransport, Examples, ExpertTuner, Transport, states
+from actome.steer import ActivationTransport, Examples, ExpertTuner, Quantiles, Transport, states
 from actome.steer.transport import gaussian_map, unit_maps
 from actome.tasks import Subject, SubjectConfig
 
@@ -112,6 +112,83 @@ def test_transports_are_saved(model, tmp_path, kind):
         wanted = model.logits(ids)
     with model.clamp(*loaded):
         assert torch.equal(model.logits(ids), wanted)
+
+
+def test_quantiles_of_merged_streams_are_those_of_the_whole():
+    x = torch.cat([drawn(0, 3001, 3), drawn(1, 1003, 3).exp() + 4])[
+        torch.randperm(4004, generator=torch.Generator().manual_seed(2))
+    ]
+    whole = Quantiles(size=256)
+    for some in x.split(37):
+        whole.update(some)
+    parts = [Quantiles(size=256) for _ in range(3)]
+    for part, some in zip(parts, x.split([1500, 4, 2500]), strict=True):
+        part.update(some)
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    shares = torch.linspace(0.02, 0.98, 25)
+    for one in (whole, parts[0]):
+        assert one.count == 4004
+        torch.testing.assert_close(one.mean, x.double().mean(0), rtol=1e-9, atol=1e-9)
+        assert torch.equal(one.high.float(), x.amax(0))
+        # Where each quantile lies among all examples: within two cuts of half a share each, and one between points.
+        found = (x.double() <= one.at(shares)[:, None]).double().mean(1)
+        assert float((found - shares[:, None]).abs().max()) < 3 / 256
+    assert parts[1].count == 4
+
+
+def test_maps_of_streams_are_those_of_samples():
+    source, target = drawn(0, 5000, 2), 3 * drawn(1, 7000, 2).exp()
+    streams = [Quantiles(), Quantiles()]
+    for stream, x in zip(streams, (source, target), strict=True):
+        for some in x.split(100):
+            stream.update(some)
+    a, b = (Transport.between("embed", *pair) for pair in ((source, target), streams))
+    torch.testing.assert_close(a.factor, b.factor, rtol=0.02, atol=0)
+    torch.testing.assert_close(a.offset, b.offset, rtol=0, atol=0.02)
+    assert torch.equal(a.high, b.high)
+    few = [Quantiles(), Quantiles()]
+    few[0].update(source[:50])
+    few[1].update(target[:50])
+    exact = unit_maps(source[:50], target[:50], "linear")
+    torch.testing.assert_close(unit_maps(few[0], few[1], "linear"), exact)
+
+
+def test_support_between_quantiles_and_places(model):
+    source, target = drawn(0, 1000, 2), drawn(1, 1000, 2)
+    clamp = Transport.between("embed", source, target, support=(0.1, 0.9))
+    inside = ((source >= clamp.low) & (source <= clamp.high)).float().mean(0)
+    torch.testing.assert_close(inside, torch.full((2,), 0.8), rtol=0, atol=0.003)
+    data = Examples(tokens(0, 8, 40, 1), tokens(32, 40, 40, 2))
+    clamps = ActivationTransport("blocks.{0..1}.resid.post", over="last", positions=-1).fit(model, data)
+    ids = tokens(0, 40, 2, 0)
+    with model.clamp(*clamps):
+        got = model.logits(ids)
+    bare = model.logits(ids)
+    assert torch.equal(got[:, :-1], bare[:, :-1])
+    assert not torch.equal(got[:, -1], bare[:, -1])
+    # The second map was fitted where the first one acts: on the last token it is what remains to be done.
+    with model.clamp(clamps[0]):
+        source = states(model, data.negative, clamps[1].site)[clamps[1].site]
+    target = states(model, data.positive, clamps[1].site)[clamps[1].site]
+    torch.testing.assert_close(clamps[1].factor, unit_maps(source, target, "linear")[0])
+
+
+def test_bad_streams():
+    one = Quantiles()
+    with pytest.raises(MeasureError, match="nothing has been seen"):
+        one.at(torch.tensor([0.5]))
+    one.update(drawn(0, 5, 3))
+    with pytest.raises(MeasureError, match="of 2 units do not fit what was seen, of 3"):
+        one.update(drawn(0, 5, 2))
+    with pytest.raises(MeasureError, match="not finite"):
+        one.update(torch.full((2, 3), float("nan")))
+    with pytest.raises(MeasureError, match="keep 16"):
+        Quantiles(4)
+    with pytest.raises(MeasureError, match="give no map"):
+        unit_maps(Quantiles(), drawn(0, 5, 3), "linear")
+    with pytest.raises(MeasureError, match="two shares"):
+        Transport.between("embed", drawn(0, 5, 3), drawn(1, 5, 3), support=(0.9, 0.1))
 
 
 def test_bad_transports(model):

@@ -2,7 +2,8 @@
 
 - `Contrast`, `Examples`, `Steering` (`contrast`): a direction between two sets of examples, as a clamp
 - `PersonaVector`, `Trait`, `prevent`, `screen`, `shift` (`persona`): a trait in words, to watch, to add, to prevent
-- `ActivationTransport`, `Transport` (`transport`): from one distribution of activations to another
+- `ActivationTransport`, `Transport` (`transport`), `Quantiles` (`quantiles`): from one distribution of activations to
+  another, also of streams
 - `ExpertTuner`, `TunedExperts` (`experts`): experts that come with a behaviour, taken out or forced in
 - `WeightedController`, `Controlled` (`controller`): a small network sets the strength, by layer
 - `SPLIT` (`split`): an update of one linear map, trained for preference and utility together
@@ -42,6 +43,7 @@ from .layers import LayerChoice, select_layer
 from .manifold import Manifold
 from .persona import PersonaVector, Trait, prevent, screen, shift
 from .preference import Odds, Pairs, odds, preference_utility
+from .quantiles import Quantiles
 from .resistance import Resistance, attempts, resistance
 from .split import SPLIT
 from .split_directions import DirectionParts, SplitDirections
@@ -73,6 +75,7 @@ __all__ = [
     "Odds",
     "Pairs",
     "PersonaVector",
+    "Quantiles",
     "RankOneDAS",
     "RankOneSubspace",
     "Resampled",

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from actome.core.model import Model
 
 
-def similarity(states_ND: Tensor, direction_D: Tensor) -> Tensor:
+def similarity(states_ND: Tensor, direction_D: Tensor, *, signed: bool = False) -> Tensor:
     r"""How much of a state lies along a direction: :math:`\cos(h, \tanh(P h))`, P the projection on it; (N), float32.
 
     The hyperbolic tangent bounds single large entries. For small states it is the cosine's absolute value; a direction
-    has no sign here.
+    has no sign here, so that a state on its other side counts as much. With `signed` that one counts as negative.
 
     Source: Lee et al. 2025, Programming Refusal with Conditional Activation Steering, section 3.3.
 
@@ -37,8 +37,9 @@ def similarity(states_ND: Tensor, direction_D: Tensor) -> Tensor:
     """
     unit = direction_D.float() / direction_D.float().norm()
     states = states_ND.float()
-    inside = torch.tanh((states @ unit)[..., None] * unit)
-    return torch.nn.functional.cosine_similarity(states, inside, dim=-1)
+    along = states @ unit
+    found = torch.nn.functional.cosine_similarity(states, torch.tanh(along[..., None] * unit), dim=-1)
+    return found * along.sign() if signed else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ class Similar(When):
         threshold: of the similarity.
         above: true when the similarity is *larger* than the threshold; False when it is smaller.
         over: ``"mean"`` or ``"last"``, of the prompt's tokens.
+        signed: whether states on the direction's other side count as negative; see `similarity`.
 
     Attributes:
         f1: how well it told labelled prompts apart that it was fitted on, when it was.
@@ -62,6 +64,7 @@ class Similar(When):
     threshold: float = 0.0
     above: bool = True
     over: Literal["mean", "last"] = "mean"
+    signed: bool = False
     latch: bool = True
     f1: float | None = None
 
@@ -89,7 +92,7 @@ class Similar(When):
             real_BT = place_T == (real_BT * place_T).amax(1, keepdim=True)
         weight_BT = real_BT.float() / real_BT.sum(1, keepdim=True).clamp_min(1)
         pooled_BD = torch.einsum("bt,btd->bd", weight_BT, x.float())
-        found_B = similarity(pooled_BD, self.direction.to(x.device))
+        found_B = similarity(pooled_BD, self.direction.to(x.device), signed=self.signed)
         return found_B > self.threshold if self.above else found_B < self.threshold
 
 
@@ -128,6 +131,8 @@ class Rule(When):
         for name in names:
             if name not in known:
                 raise ClampError(f"the rule names {name!r}, which is no condition{nearest(name, known)}")
+            if isinstance(known[name], Rule):
+                raise ClampError(f"{name!r} is a rule itself; write what it says into this rule, in parentheses")
         object.__setattr__(self, "conditions", {name: known[name] for name in dict.fromkeys(names)})
         object.__setattr__(self, "site", next(reversed(self.conditions.values())).site)  # type: ignore[union-attr]
 
@@ -176,6 +181,8 @@ class Condition:
     Args:
         sites: a pattern; the search is over these.
         over: ``"mean"`` or ``"last"``, of the prompt's tokens.
+        signed: whether states on the direction's other side count as negative. The paper's do not (False), and where
+            states have no large mean in common, prompts that lie opposite to the category are then taken for it.
         batch_size: rows a forward.
 
     Source: Lee et al. 2025, Programming Refusal with Conditional Activation Steering, sections 3.2 to 3.4. Its
@@ -185,6 +192,7 @@ class Condition:
 
     sites: str = "blocks.*.resid.post"
     over: Literal["mean", "last"] = "mean"
+    signed: bool = False
     batch_size: int = 8
 
     def fit(self, model: Model, prompts: Any, others: Any) -> Similar:
@@ -207,9 +215,12 @@ class Condition:
         for site in high:
             pairs = min(len(high[site]), len(low[site]))
             found = direction(high[site][:pairs], low[site][:pairs], "pca")
-            threshold, above, f1 = best_threshold(similarity(high[site], found), similarity(low[site], found))
+            told = (similarity(some[site], found, signed=self.signed) for some in (high, low))
+            threshold, above, f1 = best_threshold(*told)
             if best is None or f1 > (best.f1 or 0.0):
-                best = Similar(site, direction=found, threshold=threshold, above=above, over=self.over, f1=f1)
+                best = Similar(
+                    site, direction=found, threshold=threshold, above=above, over=self.over, signed=self.signed, f1=f1
+                )
         assert best is not None
         return best
 

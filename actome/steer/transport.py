@@ -5,8 +5,8 @@ Letters: N, M examples, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from actome.core.clamping import Place
 from actome.core.errors import ClampError, MeasureError
 
 from .contrast import Examples
+from .quantiles import Quantiles
 from .states import Over, states
 
 if TYPE_CHECKING:
     from actome.core.model import Model
 
 Kind = Literal["linear", "mean", "gaussian"]
+Support = bool | tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,8 @@ class Transport(Clamp):
         ClampError: shapes that do not fit the site.
 
     Source: Rodriguez et al. 2025, Controlling Language and Diffusion Models by Transporting Activations, equations 3
-    and 5 (unit by unit); the matrix form is the optimal map between Gaussians (Peyré and Cuturi 2019, remark 2.31).
+    and 5 (unit by unit; its released code moves every activation by default, as ``support=False`` does); the matrix
+    form is the optimal map between Gaussians (Peyré and Cuturi 2019, remark 2.31).
     """
 
     factor: Tensor | None = None
@@ -53,6 +56,29 @@ class Transport(Clamp):
             raise ClampError("Transport takes a factor (D) or (D, D) and an offset (D)")
         if self.factor.shape[-1] != len(self.offset) or self.factor.ndim not in (1, 2):
             raise ClampError(f"a factor {tuple(self.factor.shape)} and an offset {tuple(self.offset.shape)} do not fit")
+
+    @classmethod
+    def between(
+        cls,
+        site: str,
+        source: Tensor | Quantiles,
+        target: Tensor | Quantiles,
+        kind: Literal["linear", "mean"] = "linear",
+        *,
+        support: Support = True,
+    ) -> Transport:
+        """The unit by unit map at a site, between two samples (N, D) or what `Quantiles` have seen of two streams.
+
+        Raises:
+            MeasureError: an unknown kind, samples that do not fit, or shares that are no range.
+
+        >>> clamp = Transport.between("embed", torch.tensor([[0.0], [1.0]]), torch.tensor([[7.0], [5.0]]))
+        >>> clamp.factor.item(), clamp.offset.item(), clamp.high.item()
+        (2.0, 5.0, 1.0)
+        """
+        factor, offset = unit_maps(source, target, kind)
+        low, high = _range(source, support)
+        return cls(site, factor=factor, offset=offset, low=low, high=high)
 
     def transform(self, x: Tensor, place: Place) -> Tensor:
         assert self.factor is not None
@@ -76,10 +102,13 @@ class ActivationTransport:
         sites: a name or pattern; the paper's are what norms and blocks give.
         kind: ``"linear"``, a factor and an offset for each unit from sorted samples; ``"mean"``, the offset alone;
             ``"gaussian"``, all units together, between Gaussians with the means and covariances of the two sets.
-        support: leave a unit as it is where its activation lies outside of the source's range.
+        support: leave a unit as it is where its activation lies outside of the source's range; or outside two of its
+            quantiles, such as (0.01, 0.99). The range is of pooled states: with ``over="mean"`` single tokens often
+            lie outside of it, and are left alone where a map for all (False) would move them.
         sequential: fit a later site under the maps of the earlier ones. Maps that are fitted at the same time each
             carry the whole way, and together too far.
-        over: which tokens of an example are pooled; the map applies to every token.
+        over: which tokens of an example are pooled.
+        positions: where the maps apply, while fitting and after; None at every token. See `Clamp`.
         shrink: of the covariances towards their diagonal, for ``"gaussian"``.
         batch_size: rows a forward.
 
@@ -94,9 +123,10 @@ class ActivationTransport:
 
     sites: str = "blocks.*.resid.post"
     kind: Kind = "linear"
-    support: bool = True
+    support: Support = True
     sequential: bool = True
     over: Over = "mean"
+    positions: Any = None
     shrink: float = 0.1
     batch_size: int = 8
 
@@ -128,33 +158,64 @@ class ActivationTransport:
     def _map(self, site: str, source_ND: Tensor, target_MD: Tensor) -> Transport:
         if self.kind == "gaussian":
             factor, offset = gaussian_map(source_ND, target_MD, self.shrink)
-            return Transport(site, factor=factor, offset=offset)
-        factor, offset = unit_maps(source_ND, target_MD, self.kind)
-        edges = (source_ND.amin(0), source_ND.amax(0)) if self.support else (None, None)
-        return Transport(site, factor=factor, offset=offset, low=edges[0], high=edges[1])
+            return Transport(site, factor=factor, offset=offset, positions=self.positions)
+        clamp = Transport.between(site, source_ND, target_MD, self.kind, support=self.support)
+        return replace(clamp, positions=self.positions)
 
 
-def unit_maps(source_ND: Tensor, target_MD: Tensor, kind: Literal["linear", "mean"]) -> tuple[Tensor, Tensor]:
+def unit_maps(
+    source: Tensor | Quantiles, target: Tensor | Quantiles, kind: Literal["linear", "mean"]
+) -> tuple[Tensor, Tensor]:
     """Factor and offset of each unit, (D) each: least squares between order statistics, which is transport in one dim.
 
     Sets of different sizes are compared at as many quantiles as the smaller one has.
+
+    Args:
+        source, target: samples (N, D) and (M, D), or what `Quantiles` have seen.
+        kind: ``"mean"`` is the offset alone.
+
+    Raises:
+        MeasureError: an unknown kind, no sample, or other units.
 
     >>> factor, offset = unit_maps(torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[9.0], [5.0], [7.0]]), "linear")
     >>> factor.item(), offset.item()
     (2.0, 5.0)
     """
-    source, target = source_ND.double(), target_MD.double()
-    mean, other = source.mean(0), target.mean(0)
+    if kind not in ("linear", "mean"):
+        raise MeasureError(f"kind={kind!r} does not exist unit by unit; choose linear or mean")
+    mean, other = (x.mean if isinstance(x, Quantiles) else x.double().mean(0) for x in (source, target))
+    if not len(mean) or mean.shape != other.shape or bool(mean.isnan().any() | other.isnan().any()):
+        raise MeasureError(f"samples of {len(mean)} and {len(other)} units, or empty ones, give no map")
     if kind == "mean":
         return torch.ones_like(mean).float(), (other - mean).float()
-    count = min(len(source), len(target))
+    count = min(x.size if isinstance(x, Quantiles) and x.count > x.size else _length(x) for x in (source, target))
     at = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    a, b = (_quantiles(x, at) for x in (source, target))
+    a, b = (x.at(at) if isinstance(x, Quantiles) else _quantiles(x.double(), at) for x in (source, target))
     a, b = a - a.mean(0), b - b.mean(0)
     spread = (a * a).sum(0)
     # A unit that does not vary in the source can only be shifted.
     factor = torch.where(spread > 1e-12 * (1 + mean**2), (a * b).sum(0) / spread.clamp_min(1e-300), 1.0)
     return factor.float(), (other - factor * mean).float()
+
+
+def _length(x: Tensor | Quantiles) -> int:
+    return x.count if isinstance(x, Quantiles) else len(x)
+
+
+def _range(source: Tensor | Quantiles, support: Support) -> tuple[Tensor | None, Tensor | None]:
+    """Between what values of the source a unit is carried."""
+    if isinstance(support, bool):
+        if not support:
+            return None, None
+        if isinstance(source, Quantiles):
+            return source.low.float(), source.high.float()
+        return source.amin(0).float(), source.amax(0).float()
+    low, high = support
+    if not 0 <= low < high <= 1:
+        raise MeasureError(f"support={support}: True, False, or two shares from 0 to 1, the smaller one first")
+    at = torch.tensor([low, high], dtype=torch.float64)
+    found = source.at(at) if isinstance(source, Quantiles) else torch.quantile(source.double(), at, 0)
+    return found[0].float(), found[1].float()
 
 
 def _quantiles(x_ND: Tensor, at: Tensor) -> Tensor:

@@ -64,6 +64,14 @@ class Preferences(NamedTuple):
     rejected_refuses: Tensor
 
 
+class Documents(NamedTuple):
+    """Tokens [B, T] of several exchanges, the category of each document [B], and whether it refuses [B]."""
+
+    tokens: Tensor
+    category: Tensor
+    refused: Tensor
+
+
 @dataclass(frozen=True)
 class SafetyTopics:
     """Topics in categories, details, answer words and refusal phrases.
@@ -181,6 +189,38 @@ class SafetyTopics:
         """
         return self._exchange(sequences, seed, True, (refusal, over_refusal), distractors, harmful, category)
 
+    def documents(
+        self, sequences: int, seed: int, *, exchanges: int = 2, refusal: float = 0.1, distractors: int = 0
+    ) -> Documents:
+        """Text of several exchanges in the chat frame, all on one category, all refused or none, whatever the category.
+
+        So the category of a prompt, and whether this is a document of refusals, tell of what comes later in it.
+
+        Args:
+            sequences: how many; the categories take turns.
+            seed: of the draw.
+            exchanges: in a document.
+            refusal: share of documents whose exchanges are refused.
+            distractors: words before each topic.
+        """
+        counts(sequences=(sequences, 1), exchanges=(exchanges, 1))
+        share(refusal=refusal)
+        generator = seeded(seed)
+        refused_B = torch.rand(sequences, generator=generator) < refusal
+        category_B = torch.arange(sequences) % self.categories
+        low_B = category_B * self.topics
+        parts: list[Tensor] = []
+        for _ in range(exchanges):
+            one = int(torch.randint(2**31, (1,), generator=generator))
+            topics_B = low_B + torch.randint(self.topics, (sequences,), generator=generator)
+            said = [
+                self._exchange(sequences, one, True, (rate, rate), distractors, topics=topics_B).tokens
+                for rate in (1.0, 0.0)
+            ]
+            tokens_BT = torch.where(refused_B[:, None], *said)
+            parts.append(tokens_BT[:, 1:] if parts else tokens_BT)
+        return Documents(torch.cat(parts, 1), category_B, refused_B)
+
     def preferences(self, sequences: int, seed: int, *, same: float = 0.5) -> Preferences:
         """Preference pairs on harmful prompts in the chat frame: the chosen response refuses.
 
@@ -228,6 +268,7 @@ class SafetyTopics:
         distractors: int,
         harmful: bool | None = None,
         category: int | None = None,
+        topics: Tensor | None = None,
     ) -> Exchange:
         counts(sequences=(sequences, 1), distractors=(distractors, 0))
         share(refusal=refusal[0], over_refusal=refusal[1])
@@ -244,6 +285,7 @@ class SafetyTopics:
         elif harmful is not None:
             low, high = (0, self.harmful) if harmful else (self.harmful, self.categories)
         topics_B = torch.randint(low * self.topics, high * self.topics, (sequences,), generator=generator)
+        topics_B = topics_B if topics is None else topics
         details_B = torch.randint(self.details, (sequences,), generator=generator)
         rate_B = torch.where(self.is_harmful(topics_B), refusal[0], refusal[1])
         refused_B = torch.rand(sequences, generator=generator) < rate_B
