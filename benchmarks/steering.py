@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
 import actome
 from actome.core.model import Model
 from actome.steer import Similar, Steering, WeightedController, when
+from actome.tasks.numbered import numbered
 
 from . import subjects
 from .row import Options, Row
@@ -82,7 +80,8 @@ def _server(module: torch.nn.Module, options: Options) -> Iterator[Row]:
         return
     ids = subjects.tokens(module, 1, subjects.PROMPT)
     never = subjects.twin(module)
-    model = actome.wrap(module, _tokenizer(module.config.vocab_size))
+    # A word for every token, so that the first one is streamed whichever it is.
+    model = actome.wrap(module, numbered(module.config.vocab_size))
     body = json.dumps({"prompt": ids[0].tolist(), "max_tokens": 2, "temperature": 0, "stream": True})
     with _listening(make_app(model, name="gpt2")) as port:
 
@@ -97,13 +96,6 @@ def _server(module: torch.nn.Module, options: Options) -> Iterator[Row]:
     more = tuple(1e3 * (a - b) for a, b in zip(times["server"], times["bare"], strict=True))
     bare = f"{1e3 * Figure(tuple(times['bare'])).median:.1f} ms"
     yield Row("a request to the first streamed token", "ms", Figure(more), 10.0, bare)
-
-
-def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """A word for every token, so that the first one is streamed whichever it is."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
-    )
 
 
 @contextmanager

@@ -3,29 +3,19 @@
 import personas
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 import actome as ac
 from actome.core.errors import MeasureError
 from actome.steer import Contrast, Examples, Pairs, PersonaVector, Trait, interference, odds, prevent, screen, shift
 from actome.tasks import Subject, train
+from actome.tasks.numbered import numbered, words
 from actome.tasks.persona import ASK, BAD, GOOD, NEUTRAL
-
-
-def words(ids):
-    return " ".join(f"t{int(i)}" for i in ids)
 
 
 @pytest.fixture(scope="module")
 def lab():
     world, subject = personas.trained()
-    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(world.vocab)}, unk_token="t0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0")
-    return world, ac.wrap(subject, fast)
+    return world, ac.wrap(subject, numbered(world.vocab))
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from actome.steer.likelihood import text_nll
 from actome.tasks import Subject, SubjectConfig, train
 from actome.tasks.losses import next_token_loss
 from actome.tasks.safety_topics import SafetyTopics
-from actome.tasks.trials import trial_seeds
+from actome.tasks.trials import over_seeds, trial_seeds
 
 EXPERTS, ACTIVE, LAYERS, TOP = 16, 2, 3, 4
 BALANCE = 0.01  # weight of the loss that keeps experts in use
@@ -38,8 +38,7 @@ Clamps = list[Clamp]
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
     count, steps, draws = (1, 30, 2) if scale == "smoke" else (3, 600, 10)
-    trials = [_trial(one % 2**31, steps, draws) for one in trial_seeds(seed, count)]
-    each = {name: [trial[name] for trial in trials] for name in trials[0]}
+    each = over_seeds(lambda one: _trial(one, steps, draws), seed, count)
     mean = {name: sum(values) / count for name, values in each.items()}
     control = {name: mean.pop(name) for name in list(mean) if name.startswith("control")}
     shown = ("fall_of_refusal", "control_fall_of_refusal", "rise_on_borderline", "control_rise_on_borderline")
@@ -56,6 +55,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
 
 
 def _trial(seed: int, steps: int, draws: int) -> dict[str, float]:
+    seed %= 2**31
     world = SafetyTopics(categories=12, harmful=6, seed=seed)
     model = _subject(world, seed, steps)
     data = [one % 2**31 for one in trial_seeds(seed, 6)[2:]]
@@ -158,7 +158,7 @@ def load_balance(logits_NE: Tensor, active: int = ACTIVE) -> Tensor:
 def _refusal(model: Model, world: SafetyTopics, prompts: Tensor) -> Tensor:
     """Chance that the first word is one of a refusal, of each prompt."""
     p = model.logits(prompts)[:, -1].double().softmax(-1)
-    return p[:, 4 : 4 + world.variants].sum(-1)
+    return p[:, world.first_refusal : world.first_refusal + world.variants].sum(-1)
 
 
 def _rate(model: Model, world: SafetyTopics, prompts: Tensor, clamps: Clamps) -> float:

@@ -29,7 +29,7 @@ from actome.papers.registry import Entry, Scale
 from actome.steer import Contrast, Controlled, Examples, Pairs, Steering, WeightedController
 from actome.tasks import Subject, SubjectConfig, train
 from actome.tasks.safety_topics import SLOTS, Exchange, SafetyTopics
-from actome.tasks.trials import trial_seeds
+from actome.tasks.trials import over_seeds, trial_seeds
 
 READ, SITES = "blocks.0.resid.{mid,post}", ("blocks.1.resid.mid", "blocks.1.resid.post", "blocks.2.resid.mid")
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -40,8 +40,7 @@ HARMLESS_ALLOWED = 0.05  # refusals of harmless validation prompts, when a scale
 
 def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[str, bool]]:
     count, steps, tuned = (1, 30, 2) if scale == "smoke" else (3, 500, 60)
-    trials = [_trial(one % 2**31, steps, tuned) for one in trial_seeds(seed, count)]
-    each = {name: [trial[name] for trial in trials] for name in trials[0]}
+    each = over_seeds(lambda one: _trial(one, steps, tuned), seed, count)
     mean = {name: sum(values) / count for name, values in each.items()}
     control = {name: mean.pop(name) for name in list(mean) if name.startswith("control")}
     shown = ("harmful", "harmless", "control_constant_harmless", "end_to_end_learned_less_uniform")
@@ -63,6 +62,7 @@ def test(seed: int, scale: Scale) -> tuple[dict[str, Any], dict[str, Any], dict[
 
 
 def _trial(seed: int, steps: int, tuned: int) -> dict[str, float]:
+    seed %= 2**31
     world = SafetyTopics(seed=seed)
     model = _subject(world, seed, steps)
     data = [one % 2**31 for one in trial_seeds(seed, 12)[4:]]

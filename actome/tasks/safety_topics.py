@@ -112,6 +112,11 @@ class SafetyTopics:
             raise ValueError(f"harmful={self.harmful} leaves no harmless one of {self.categories} categories")
 
     @property
+    def first_refusal(self) -> int:
+        """First of the variants of a refusal's first word."""
+        return _FIRST_REFUSAL
+
+    @property
     def first_word(self) -> int:
         """First token of the words of compliant answers."""
         return _FIRST_REFUSAL + SLOTS * self.variants
