@@ -285,7 +285,7 @@ def test_a_probe_of_text_needs_a_whole_row(tmp_path):
 
 def test_a_first_look_that_cannot_work_is_raised_and_leaves_nothing_behind(tmp_path):
     module = subject()
-    with pytest.raises(MeasureError, match="cannot read the probe"):
+    with pytest.raises(TextError, match="token id 1023 is not among"):
         ac.watch(module, text=PROBE + 1000, run=tmp_path / "a").begin()
     assert RunStore.open(tmp_path / "a").status == "failed"
     from torch.optim.optimizer import _global_optimizer_pre_hooks
