@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import actome as ac
-from actome.clamps import load_clamps, save_clamps
+from actome.clamps import WeightUpdate, load_clamps, save_clamps
 from actome.core.errors import ClampError
 from actome.steer import bake, from_gguf, to_gguf
 
@@ -40,6 +40,10 @@ def made(kind, config):
 
 def vector(seed=0, width=32):
     return torch.randn(width, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def ids():
@@ -209,6 +213,43 @@ def test_baked_additions_survive_the_disk(tmp_path, make, site):
         wanted = model.logits(ids())
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids()).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("site", ["blocks.1.mlp.out", "blocks.1.attn.out"])
+@pytest.mark.parametrize("form", ["weight", "lora"])
+def test_baked_updates_of_a_linear_map_survive_the_disk(tmp_path, make, site, form):
+    model = make()
+    read = site.removesuffix("out") + ("act" if "mlp" in site else "z")
+    width = model.record(ids(), read)[read].flatten(2).shape[-1]
+    parts = {"weight": 0.3 * drawn(1, model.d_model, width)}
+    if form == "lora":
+        parts = {"down": drawn(1, 2, width), "up": 0.3 * drawn(2, model.d_model, 2)}
+    clamp = WeightUpdate(site, read=read, scale=0.5, **parts, **({"bias": vector(3)} if make is gpt2 else {}))
+    baked = bake(model, [clamp, ac.Add("blocks.2.mlp.out", vector(1))])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(baked.save(tmp_path / "m")).eval()
+    bare = model.logits(ids())
+    with model.clamp(clamp, ac.Add("blocks.2.mlp.out", vector(1))):
+        wanted = model.logits(ids())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids()).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert float((wanted - bare).abs().max()) > 0.01
+
+
+def test_updates_that_are_no_edit_are_refused():
+    model = llama()
+    width = model.record(ids(), "blocks.1.mlp.act")["blocks.1.mlp.act"].shape[-1]
+    update = WeightUpdate("blocks.1.mlp.out", read="blocks.1.mlp.act", weight=drawn(1, model.d_model, width))
+    with pytest.raises(ClampError, match="applies only at some positions"):
+        bake(model, update.at(positions=-1))
+    with pytest.raises(ClampError, match="is no edit of one linear map"):
+        bake(model, update.at(site="blocks.1.resid.post"))
+    with pytest.raises(ClampError, match="is no edit of one linear map"):
+        bake(model, update.at(site="blocks.2.mlp.out"))
+    path = "module:model.layers.1.mlp.down_proj"
+    assert bake(model, update.at(site=path, read=f"{path}@in")).changed == ("model.layers.1.mlp.down_proj.weight",)
+    with pytest.raises(ClampError, match="have no bias"):
+        bake(model, update.at(site=path, read=f"{path}@in", bias=drawn(2, model.d_model)))
 
 
 @pytest.mark.parametrize("first", ["embed", "blocks.0.resid.pre"])

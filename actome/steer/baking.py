@@ -1,6 +1,7 @@
 """Baking: constant clamps written into the weights of a copy, which then needs no actome.
 
-Additions become biases of the projections that write into the residual stream. Projecting a direction out of everything
+Additions become biases of the projections that write into the residual stream, and updates of a linear map its weights.
+Projecting a direction out of everything
 that is written there becomes an edit of those projections and of the embedding. Whether the copy does what the clamped
 model does is not assumed but compared, logit by logit.
 """
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actome.clamps import Project
+from actome.clamps import Project, WeightUpdate
 from actome.core.clamp import Clamp
 from actome.core.errors import ClampError
+from actome.core.sites import MODULE_PREFIX
 
 from .constant import GATES, constant_vectors
 
@@ -58,9 +60,9 @@ def bake(model: Model, clamps: Clamp | Sequence[Clamp], *, probe: Any = None, to
 
     Args:
         model: a transformers model; it stays as it is.
-        clamps: constant additions to the residual stream or to what attention or the MLP writes into it; or a
-            `Project` out of everything that is written (``blocks.0.resid.pre`` or ``embed``, ``blocks.*.attn.out`` and
-            ``blocks.*.mlp.out``).
+        clamps: constant additions to the residual stream or to what attention or the MLP writes into it; a
+            `WeightUpdate` of a linear map, as `SPLIT` trains it; or a `Project` out of everything that is written
+            (``blocks.0.resid.pre`` or ``embed``, ``blocks.*.attn.out`` and ``blocks.*.mlp.out``).
         probe: inputs to compare on; random tokens unless given.
         tolerance: largest difference of logits, over their standard deviation, with which the copy is given out.
 
@@ -78,9 +80,15 @@ def bake(model: Model, clamps: Clamp | Sequence[Clamp], *, probe: Any = None, to
     if getattr(model.config, "model_type", None) is None or not hasattr(model.module, "save_pretrained"):
         raise ClampError(f"{model.name} is not a transformers model; there is no plain checkpoint to write it into")
     bases = _bases(model, [clamp for clamp in some if isinstance(clamp, Project)])
-    vectors = constant_vectors(model, [clamp for clamp in some if not isinstance(clamp, Project)])
+    vectors = constant_vectors(model, [clamp for clamp in some if not isinstance(clamp, (Project, WeightUpdate))])
     names = {id(part): name for name, part in model.module.named_modules()}
     biases = [(*_writer(model, site, names), vector) for site, vector in vectors.items()]
+    weights = []
+    for one in some:
+        if isinstance(one, WeightUpdate):
+            name, part, weight, bias = _updated(model, one, names)
+            weights += [(name, weight)] if weight is not None else []
+            biases += [(name, part, bias)] if bias is not None else []
     module = _copy(model, biases)
     changed: list[str] = []
     with torch.no_grad():
@@ -88,6 +96,11 @@ def bake(model: Model, clamps: Clamp | Sequence[Clamp], *, probe: Any = None, to
             projection = module.get_submodule(name)
             projection.bias += vector.to(projection.bias)
             changed.append(f"{name}.bias")
+        for name, weight in weights:
+            projection = module.get_submodule(name)
+            # transformers' Conv1D keeps its weight the other way round.
+            projection.weight += (weight if isinstance(projection, nn.Linear) else weight.T).to(projection.weight)
+            changed.append(f"{name}.weight")
         if bases:
             _untie(model, module)
         for basis, positions in bases:
@@ -117,13 +130,37 @@ def _writer(model: Model, site: str, names: dict[int, str]) -> tuple[str, str]:
     return names[id(source.address.module)], part  # type: ignore[attr-defined]
 
 
+def _updated(model: Model, clamp: WeightUpdate, names: dict[int, str]) -> tuple[str, str, Tensor | None, Tensor | None]:
+    """The linear map that an update is of, whether of the MLP or of attention, and what its weight and bias gain."""
+    gates = [gate for gate in ("units", *GATES) if getattr(clamp, gate) is not None]
+    if gates:
+        raise ClampError(f"this WeightUpdate applies only at some {', '.join(gates)}, which weights cannot say")
+    if clamp.site.startswith(MODULE_PREFIX):
+        name = clamp.site.removeprefix(MODULE_PREFIX)
+        if clamp.reads and clamp.read != f"{clamp.site}@in":
+            raise ClampError(f"{clamp.site} reads {clamp.read} and not its own input; such an update is no edit of it")
+        part = ""
+    else:
+        name, part = _writer(model, clamp.site, names)
+        own = clamp.site.removesuffix("out") + ("z" if part == "attn" else "act")
+        if not clamp.site.endswith(".out") or (clamp.reads and clamp.read != own):
+            raise ClampError(f"{clamp.site} reading {clamp.read} is no edit of one linear map; that of {own} would be")
+    weight = clamp.weight if clamp.up is None or clamp.down is None else clamp.up.float() @ clamp.down.float()
+    return (
+        name,
+        part,
+        None if weight is None else clamp.scale * weight.float(),
+        None if clamp.bias is None else clamp.scale * clamp.bias.float(),
+    )
+
+
 def _copy(model: Model, biases: Sequence[tuple[str, str, Tensor]]) -> nn.Module:
     """A copy in which the projections have biases."""
     lacking = {part for name, part, _ in biases if getattr(model.module.get_submodule(name), "bias", None) is None}
     if not lacking:
         return copy.deepcopy(model.module)
     kind = getattr(model.config, "model_type", "")
-    if kind not in _SWITCHES:
+    if kind not in _SWITCHES or "" in lacking:
         raise ClampError(
             f"the projections of a {kind} have no bias and its configuration cannot give them one; serve the clamp, or "
             "write a control vector"
