@@ -101,9 +101,31 @@ def test_a_condition_from_fit_to_apply(files, capsys):
     assert "no site of blocks.0.resid.post is reached before blocks.0.resid.post" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["split", "split-lora"])
+def test_split_from_pairs_to_a_checkpoint(files, capsys, method):
+    fitted = ["steer", "fit", "demo", "--method", method, "--pairs", str(files / "pairs.jsonl"), "--sites",
+              "blocks.1.mlp.out", "--out", str(files / "clamp")]  # fmt: skip
+    assert main(fitted) == 0
+    assert "at blocks.1.mlp.out" in capsys.readouterr().out
+    judged = ["steer", "eval", "demo", "--clamp", str(files / "clamp"), "--pairs", str(files / "pairs.jsonl")]
+    assert main([*judged, "--strengths", "1", "--random", "0", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    bare, steered = (one["value"] for one in rows if one["measure"] == "preference")
+    assert steered > bare + 1
+    exported = ["steer", "export", "demo", "--clamp", str(files / "clamp"), "--checkpoint", str(files / "m")]
+    assert main(exported) == 0
+    assert main([*judged, "--positive", str(files / "code.txt"), "--negative", str(files / "prose.txt")]) == 1
+    assert "no labels to shuffle" in capsys.readouterr().err
+    assert main(fitted[:5]) == 2
+    assert main(["steer", "fit", "demo", "--method", method, "--out", str(files / "x")]) == 2
+    assert "is trained on --pairs" in capsys.readouterr().err
+    assert main(["steer", "fit", "demo", "--out", str(files / "x")]) == 2
+    assert "takes two sets of examples" in capsys.readouterr().err
+
+
 def test_transport_from_fit_to_apply(files, capsys):
     assert fit(files, "--method", "transport-mean") == 0
-    assert "fitted: 2 maps, blocks.1.resid.post, blocks.2.resid.post" in capsys.readouterr().out
+    assert "fitted: Transport at blocks.1.resid.post, Transport at blocks.2.resid.post" in capsys.readouterr().out
     judged = ["steer", "eval", "demo", "--clamp", str(files / "clamp"), "--pairs", str(files / "pairs.jsonl"),
               "--strengths", "1", "--positive", str(files / "code.txt"), "--negative", str(files / "prose.txt"),
               "--json", "-"]  # fmt: skip

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from actome.core.clamp import Clamp
     from actome.core.model import Model
     from actome.steer import Evaluation
-    from actome.steer.controls import Estimator
 
 # Said again here, since the estimators are imported only when run.
-_METHODS = ("means", "lda", "pca", "logistic", "transport", "transport-mean", "transport-gaussian")
+_SPLITS = ("split", "split-lora", "split-weight")
+_METHODS = ("means", "lda", "pca", "logistic", "transport", "transport-mean", "transport-gaussian", *_SPLITS)
 _OVERS = ("last", "mean", "response", "prompt")
 _PLACINGS = ("all", "prompt", "last", "response")
 
@@ -40,8 +40,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
     fit = _part(parts, "fit", _fit, "a clamp from two sets of examples")
     forms = "one a line, or .jsonl with prompt and response"
-    fit.add_argument("--positive", required=True, metavar="FILE", help=f"examples that it should lead to: {forms}")
-    fit.add_argument("--negative", required=True, metavar="FILE", help="examples that it should lead away from")
+    fit.add_argument("--positive", metavar="FILE", help=f"examples that it should lead to: {forms}")
+    fit.add_argument("--negative", metavar="FILE", help="examples that it should lead away from")
+    fit.add_argument("--pairs", metavar="FILE", help="for split: .jsonl with prompt, wanted and unwanted")
     fit.add_argument("--sites", default="blocks.*.resid.post", metavar="PATTERN", help="default: %(default)s")
     fit.add_argument("--method", default="means", choices=_METHODS, help="default: %(default)s")
     fit.add_argument("--over", default="last", choices=_OVERS, help="tokens of an example; default: %(default)s")
@@ -97,17 +98,17 @@ def _clamp_option(parser: argparse.ArgumentParser) -> None:
 def _fit(args: argparse.Namespace) -> int:
     from actome.clamps import save_clamps
     from actome.core.clamp import Clamp
-    from actome.steer import Condition, Examples, Steering, when
+    from actome.steer import Condition, Steering, when
     from actome.steer.conditions import before
     from actome.steer.files import read_examples
 
     if (args.only is None) != (args.others is None):
         raise UsageError("a condition needs both --only and --except")
-    examples = Examples(read_examples(args.positive), read_examples(args.negative))
+    data = _data(args)
     prompts = None if args.only is None else (read_examples(args.only), read_examples(args.others))
     model = open_model(args)
     how = {"method": args.method, "over": args.over, "sites": args.sites}
-    clamp = _estimator(how).fit(model, examples)
+    clamp = _estimator(how).fit(model, data)
     known = getattr(clamp, "about", None) or {}
     condition = None
     if prompts is not None:
@@ -120,12 +121,27 @@ def _fit(args: argparse.Namespace) -> int:
             print(clamp.table.to_string(index=False, float_format="%.3f"))
             print(f"chosen: {clamp.site}, the best separation of examples that were not fitted on")
         else:
-            print(f"fitted: {len(clamp)} maps, {', '.join(one.site for one in clamp)}")
+            some = [clamp] if isinstance(clamp, Clamp) else clamp
+            print(f"fitted: {', '.join(f'{type(one).__name__} at {one.site}' for one in some)}")
         if condition is not None:
             side = "above" if condition.above else "below"
             print(f"only if: similarity {side} {condition.threshold:.3f} at {condition.site}, F1 {condition.f1:.3f}")
         print(f"written: {folder}")
     return 0
+
+
+def _data(args: argparse.Namespace) -> Any:
+    """What a method is fitted to: two sets of examples, or pairs of responses."""
+    from actome.steer import Examples
+    from actome.steer.files import read_examples, read_pairs
+
+    if args.method in _SPLITS:
+        if args.pairs is None:
+            raise UsageError(f"--method {args.method} is trained on --pairs")
+        return read_pairs(args.pairs)
+    if args.positive is None or args.negative is None:
+        raise UsageError(f"--method {args.method} takes two sets of examples, --positive and --negative")
+    return Examples(read_examples(args.positive), read_examples(args.negative))
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -177,11 +193,13 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def _estimator(how: Mapping[str, Any]) -> Estimator:
+def _estimator(how: Mapping[str, Any]) -> Any:
     """What `actome steer fit` fits with, by what it keeps beside a clamp."""
-    from actome.steer import ActivationTransport, Contrast
+    from actome.steer import SPLIT, ActivationTransport, Contrast
 
     method = how["method"]
+    if method in _SPLITS:
+        return SPLIT(how["sites"], form=method.partition("-")[2] or "vector", per_token=True)
     if method.startswith("transport"):
         return ActivationTransport(how["sites"], kind=method.partition("-")[2] or "linear", over=how["over"])
     return Contrast(how["sites"], method, how["over"])

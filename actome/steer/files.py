@@ -81,6 +81,8 @@ def how_fitted(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     about = read_header(path).get("about") if path.is_dir() else None
+    if isinstance(about, dict) and str(about.get("method", "")).startswith("split"):
+        raise ClampError(f"{path} was trained on pairs of responses, so that there are no labels to shuffle")
     if not isinstance(about, dict) or not {"method", "over", "sites"} <= about.keys():
         raise ClampError(f"{path} does not say how it was fitted, so that it cannot be fitted to shuffled labels")
     return about
