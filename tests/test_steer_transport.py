@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from tiny import TINY
 
 import actome as ac
 from actome.clamps import load_clamps, save_clamps
 from actome.core.errors import ClampError, MeasureError
 from actome.steer import ActivationTransport, Examples, ExpertTuner, Quantiles, Transport, states
+from actome.steer.experts import Force
 from actome.steer.transport import gaussian_map, unit_maps
 from actome.tasks import Subject, SubjectConfig
 
@@ -262,3 +264,27 @@ def test_what_cannot_be_taken_out_is_refused(mixture, model):
         ExpertTuner(n=17).fit(mixture, data)
     with pytest.raises(ac.SiteError):
         ExpertTuner(n=1).fit(model, data)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_a_router_that_does_not_go_by_its_logits_is_refused(spread):
+    """DeepSeek-V3 adds a correction to its scores before it chooses; without one it goes by its logits."""
+    module = TINY["deepseek-v3"]()
+    for block in module.modules():
+        if hasattr(block, "topk_group"):
+            block.num_group = block.topk_group = 1  # all experts in one group
+    for name, value in module.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            value.copy_(torch.linspace(-spread, spread, len(value)))
+    model = ac.wrap(module.eval())
+    data = Examples(tokens(0, 20, 10, 1), tokens(20, 40, 10, 2))
+    if spread:
+        with pytest.raises(ClampError, match="does not choose the experts with the highest logits"):
+            ExpertTuner(n=1).fit(model, data)
+    else:
+        assert ExpertTuner(n=1).fit(model, data).k == module.config.num_experts_per_tok
+
+
+def test_where_all_experts_are_active_forcing_changes_nothing():
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Force("blocks.0.moe.router", experts=(1,), k=4).transform(x, None), x)

@@ -44,6 +44,8 @@ class Force(Clamp):
     def transform(self, x: Tensor, place: Place) -> Tensor:
         if len(self.experts) > self.k:
             raise ClampError(f"{place.site.name}: {len(self.experts)} experts cannot all be among the top {self.k}")
+        if self.k >= x.shape[-1]:
+            return x  # all are chosen anyway
         chosen = torch.tensor(list(self.experts), device=x.device)
         others = x.index_fill(-1, chosen, float("-inf"))
         # Of the others k less these may stay: the first of those that must go is what has to be passed.
@@ -161,6 +163,8 @@ class ExpertTuner:
 
         Raises:
             SiteError: a model without routers.
+            ClampError: a router that does not choose the experts with the highest logits, such as those of DeepSeek-V3,
+                which add a correction to them first: what is done to logits does not decide its choice.
             MeasureError: more experts wanted than there are, or a model that does not say how many a token gets.
         """
         data = Examples.of(data)
@@ -176,17 +180,34 @@ class ExpertTuner:
     def _chosen(self, model: Model, prompts: object, k: int) -> Tensor:
         """(L, E): share of prompts, or of their tokens, that choose an expert."""
         places = model.match(self.site)
+        marks = {site.name: site.name.removesuffix("router") + "chosen" for site in places}
+        known = {site.name for site in model.table}
         total: list[Tensor] = [torch.zeros(site.sizes[-1] or 0, dtype=torch.float64) for site in places]
         rows = 0
         for batch, counted_BT in chosen_tokens(model, prompts, self.over, self.batch_size):
-            recording = model.record(batch, [site.name for site in places])
+            told = [mark for mark in marks.values() if mark in known]
+            recording = model.record(batch, [*(site.name for site in places), *told])
             weight_BT = counted_BT.double() / counted_BT.sum(1, keepdim=True)
             rows += len(weight_BT)
             for i, site in enumerate(places):
                 logits_BTE = recording[site.name].float().cpu()
-                chosen = torch.zeros_like(logits_BTE, dtype=torch.float64).scatter_(-1, logits_BTE.topk(k).indices, 1.0)
+                top_BTC = logits_BTE.topk(k).indices
+                if self.k is None and marks[site.name] in known:
+                    _by_logits(site.name, recording[marks[site.name]].cpu(), top_BTC, logits_BTE, counted_BT)
+                chosen = torch.zeros_like(logits_BTE, dtype=torch.float64).scatter_(-1, top_BTC, 1.0)
                 total[i] += torch.einsum("bt,bte->e", weight_BT, chosen)
         return torch.stack(total) / rows
+
+
+def _by_logits(name: str, chosen_BTC: Tensor, top_BTC: Tensor, logits_BTE: Tensor, counted_BT: Tensor) -> None:
+    """Refuses a router whose choice is not that of its logits, beyond ties."""
+    least_BT1 = logits_BTE.gather(-1, top_BTC).amin(-1, keepdim=True)
+    below_BTC = logits_BTE.gather(-1, chosen_BTC.long()) < least_BT1 - 1e-4 * least_BT1.abs().clamp_min(1.0)
+    if bool(below_BTC.any(-1)[counted_BT.cpu()].any()):
+        raise ClampError(
+            f"{name} does not choose the experts with the highest logits; its router adds something to them, or limits "
+            "the choice to groups, so that experts cannot be taken out or forced in by their logits"
+        )
 
 
 def _per_token(model: Model, pattern: str) -> int:
