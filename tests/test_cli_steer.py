@@ -146,7 +146,7 @@ def test_transport_from_fit_to_apply(files, capsys):
     ("change", "code", "words"),
     [
         (lambda f: (f / "code.txt").write_text("a\nb"), 1, "2 positive examples are too few"),
-        (lambda f: (f / "code.txt").unlink(), 1, "there is no file"),
+        (lambda f: (f / "code.txt").unlink(), 2, "there is no file"),
         (lambda f: (f / "code.txt").write_text(""), 1, "is empty"),
         (lambda f: (f / "clamp").write_text(""), 1, "is a file"),
     ],

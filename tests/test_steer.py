@@ -138,7 +138,7 @@ def test_states_say_what_is_wrong():
     [
         (["a"] * 3, ["b"] * 9, "3 positive examples are too few"),
         (["a"] * 9, [], "no negative example"),
-        ("text", ["b"] * 9, "no positive example"),
+        ("text", ["b"] * 9, "give the positive examples as a list"),
         ((["a"] * 9, ["b"] * 9), ["b"] * 9, "or neither"),
     ],
 )

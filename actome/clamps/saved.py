@@ -61,7 +61,9 @@ def save_clamps(
     if folder.exists() and not folder.is_dir():
         raise ClampError(f"{folder} is a file; clamps are saved into a folder")
     if (folder / _HEADER).exists() and not overwrite:
-        raise ClampError(f"{folder} holds clamps already; overwrite=True replaces them")
+        raise ClampError(
+            f"{folder} holds clamps already; overwrite=True replaces them (--overwrite on the command line)"
+        )
     tensors: dict[str, Tensor] = {}
     rows = [_row(clamp, f"{i}", tensors) for i, clamp in enumerate(some)]
     header = {"format": FORMAT, "version": VERSION, "model": None if model is None else _facts(model)}

@@ -39,6 +39,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until it is interrupted."""
     named = [_named(word) for word in args.clamp]
+    if not all(name and path for name, path in named):
+        raise UsageError("--clamp takes FOLDER, or NAME=FOLDER with neither of them empty")
+    if args.port > 65535:
+        raise UsageError(f"--port {args.port}: ports are 1 to 65535")
     if len({name for name, _ in named}) < len(named):
         raise UsageError("two --clamp have the same name; give NAME=FOLDER")
     try:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actome.cli.common import (
@@ -13,11 +14,13 @@ from actome.cli.common import (
     add_command,
     add_model_options,
     make_room,
+    number,
     open_model,
     positive,
     shows_progress,
     whole,
 )
+from actome.core.errors import nearest_beside
 
 if TYPE_CHECKING:
     from actome.core.clamp import Clamp
@@ -73,22 +76,34 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     apply = _part(parts, "apply", _apply, "generate with and without a clamp")
     _clamp_option(apply)
     apply.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be repeated")
-    apply.add_argument("--scale", type=float, default=1.0, help="multiplies the clamp's strength; default 1")
+    apply.add_argument("--scale", type=number, default=1.0, help="multiplies the clamp's strength; default 1")
     apply.add_argument("--new-tokens", type=positive, default=40, metavar="N", help="default 40")
 
     export = _part(parts, "export", _export, "a constant clamp as a control vector, or in the weights of a checkpoint")
     _clamp_option(export)
-    export.add_argument("--scale", type=float, default=1.0, help="multiplies the clamp's strength; default 1")
+    export.add_argument("--scale", type=number, default=1.0, help="multiplies the clamp's strength; default 1")
     export.add_argument("--gguf", metavar="FILE", help="write a GGUF control vector")
     export.add_argument("--checkpoint", metavar="FOLDER", help="write a plain Hugging Face checkpoint")
 
 
 def _part(parts: argparse._SubParsersAction, name: str, run, help: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-    parser = add_command(parts, name, run, help, help[0].upper() + help[1:] + ".")
+    def checked(args: argparse.Namespace) -> int:
+        _check_files(args)
+        return run(args)
+
+    parser = add_command(parts, name, checked, help, help[0].upper() + help[1:] + ".")
     parser.set_defaults(command=f"steer {name}")
     parser.add_argument("model", metavar="MODEL", help="folder, hub id, or demo")
     add_model_options(parser)
     return parser
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """A file that is missing is bad usage, as with the other commands, and is said before a model is loaded."""
+    for name in ("positive", "negative", "only", "others", "pairs", "text", "task"):
+        path = getattr(args, name, None)
+        if path is not None and not Path(path).exists():
+            raise UsageError(f"there is no file {path}{nearest_beside(Path(path))}")
 
 
 def _clamp_option(parser: argparse.ArgumentParser) -> None:
@@ -259,6 +274,10 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.gguf is None and args.checkpoint is None:
         raise UsageError("say what to write: --gguf FILE, --checkpoint FOLDER, or both")
+    if args.checkpoint is not None and Path(args.checkpoint).resolve() == Path(args.model).resolve():
+        raise UsageError(
+            f"--checkpoint {args.checkpoint} is the model itself, which would be lost; name another folder"
+        )
     gguf = make_room(args.gguf)
     model = open_model(args)
     clamps = [one if args.scale == 1.0 else scaled(one, args.scale) for one in _clamps(args, model)]

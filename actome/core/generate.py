@@ -101,6 +101,7 @@ def generate(
 
     Raises:
         SiteError: the model cannot generate.
+        TextError: more tokens than the model has learned positions for.
 
     Example:
         >>> import actome as ac
@@ -115,6 +116,9 @@ def generate(
     arguments, ids, mask = model.arguments(prompt, padding="left")
     if ids is None:
         raise TextError("generate() takes text, a list of texts, or integer token ids of shape (pos) or (batch, pos)")
+    if not getattr(model.config, "is_encoder_decoder", False):
+        # The last one is not read again.
+        model.check_length(ids.shape[1] + max_new_tokens - 1)
     for name in ("use_cache", "position_ids", "decoder_input_ids", "decoder_attention_mask"):
         arguments.pop(name, None)
     if "attention_mask" not in arguments and "input_ids" in arguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from .measure import MeasureTable
     from .recording import Recording
     from .text import Text
+
+
+# What transformers calls tables of learned positions.
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions|positions_embed|position_embeddings?)$")
 
 
 class Model:
@@ -281,27 +286,33 @@ class Model:
                     f"token ids are integers of shape (pos) or (batch, pos), one token at least, not {shape}"
                 )
             ids = inputs if inputs.ndim == 2 else inputs[None]
-            self._check_vocabulary(ids)
+            self.check_ids(ids)
+            self.check_length(ids.shape[1])
             return self._text_arguments(ids.to(self.device), None), ids, None
         else:
             from .tokens import encode
 
             batch = encode(inputs, self.tokenizer)
-        self._check_vocabulary(batch.ids)
+        self.check_ids(batch.ids)
+        self.check_length(batch.ids.shape[1])
         ids = batch.ids.to(self.device)
         mask = batch.mask.to(self.device) if batch.mask is not None else None
         if mask is not None and padding == "left":
             ids, mask = _pad_left(ids, mask)
         return self._text_arguments(ids, mask), ids, mask
 
-    def _check_vocabulary(self, ids: Tensor) -> None:
-        """Refuses ids that the embedding does not have. On a device they are not looked at, since that would wait."""
+    def check_ids(self, ids: Tensor, what: str = "token id") -> None:
+        """Refuses ids that the embedding does not have. On a device they are not looked at, since that would wait.
+
+        Raises:
+            TextError: an id that the model does not know; `what` says what it was given as.
+        """
         if ids.device.type != "cpu" or self._vocabulary is None or not ids.numel():
             return
         low, high = ids.aminmax()
         if int(low) < 0 or int(high) >= self._vocabulary:
             wrong = int(low) if int(low) < 0 else int(high)
-            raise TextError(f"token id {wrong} is not among the {self._vocabulary:,} that {self.name} knows")
+            raise TextError(f"{what} {wrong} is not among the {self._vocabulary:,} that {self.name} knows")
 
     @cached_property
     def _vocabulary(self) -> int | None:
@@ -310,6 +321,25 @@ class Model:
             return getattr(self.module.get_input_embeddings(), "num_embeddings", None)
         except (AttributeError, NotImplementedError):
             return None
+
+    def check_length(self, length: int) -> None:
+        """Refuses what is longer than a table of learned positions; where positions are computed, any length is read.
+
+        Raises:
+            TextError: more tokens than there are positions.
+        """
+        if self._positions is not None and length > self._positions:
+            raise TextError(f"{length} tokens are more than the {self._positions} that {self.name} has positions for")
+
+    @cached_property
+    def _positions(self) -> int | None:
+        """How many positions the model has learned, where they are a table of about the length of its context."""
+        size = self.context
+        if size is None:
+            return None
+        tables = (part for name, part in self.module.named_modules() if _POSITIONS.search(name))
+        known = any(size <= getattr(part, "num_embeddings", -1) <= size + 2 for part in tables)
+        return size if known else None
 
     def _text_arguments(self, ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {}

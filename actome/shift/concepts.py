@@ -97,6 +97,10 @@ class ConceptShift:
         Raises:
             MeasureError: states that differ in shape or are not finite, too few samples, or an option out of range.
         """
+        try:
+            base, tuned = torch.as_tensor(base), torch.as_tensor(tuned)
+        except (TypeError, ValueError) as error:
+            raise MeasureError(f"give the states of both models as tensors (samples, width): {error}") from None
         a_ND, b_ND = self._checked(base, tuned)
         fit_M, held_M = split(len(a_ND), [1 - self.held_out, self.held_out], self.seed)
         if min(len(fit_M), len(held_M)) < 2 * self.k:
@@ -189,7 +193,7 @@ class ConceptShift:
             raise MeasureError(f"method={self.method!r} does not exist; choose kmeans, nmf or pca")
         if self.matching not in ("hungarian", "best"):
             raise MeasureError(f"matching={self.matching!r} does not exist; choose hungarian or best")
-        if self.k < 2 or self.top < 1 or not 0 < self.held_out < 1:
+        if not isinstance(self.k, int) or self.k < 2 or self.top < 1 or not 0 < self.held_out < 1:
             raise MeasureError(
                 f"k={self.k}, top={self.top}, held_out={self.held_out}: two concepts and one word at least, and a "
                 "share between 0 and 1"
@@ -245,6 +249,8 @@ def coarse(site: str, states: Tensor, target: Tensor, scale: float = 1.0) -> Add
     if bool(target.all()) or not bool(target.any()):
         raise MeasureError(f"{int(target.sum())} of {len(target)} samples get the target answer; both kinds are needed")
     states = states.detach().float()
+    if not bool(states.isfinite().all()):
+        raise MeasureError("there are states that are not finite; leave those samples out")
     return Add(site, states[target].mean(0) - states[~target].mean(0), scale)
 
 

@@ -40,9 +40,15 @@ class Asked:
     cue: Sequence[int]
     answers: Sequence[int]
 
+    def __post_init__(self) -> None:
+        if len(self.answers) < 2:
+            raise MeasureError(f"answers={list(self.answers)}: give the ids of two outcomes at least")
+
     def __call__(self, model: Model, paths_BT: Tensor, target: int) -> Tensor:
         cue = torch.as_tensor(list(self.cue), dtype=torch.long).expand(len(paths_BT), -1)
         logits = model.logits(torch.cat([paths_BT.cpu(), cue], 1))[:, -1]
+        if not all(0 <= one < logits.shape[-1] for one in self.answers):
+            raise MeasureError(f"answers={list(self.answers)}: {model.name} has ids from 0 to {logits.shape[-1] - 1}")
         return logits[:, list(self.answers)].double().cpu().softmax(-1)[:, target]
 
 

@@ -16,7 +16,7 @@ from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
 from actome.tasks.trials import interval
 
-from .preference import Pairs, odds
+from .preference import Pairs, checked, odds, together
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,10 +70,14 @@ def interference(
     """
     import pandas as pd
 
+    if not isinstance(clamps, Mapping) or not isinstance(goals, Mapping):
+        raise MeasureError("give clamps and goals by name, such as {'kind': clamp} and {'kind': pairs}")
     if len(clamps) < 2 or not goals:
         raise MeasureError(f"{len(clamps)} clamps and {len(goals)} goals; give two clamps at least, and a goal")
     names = list(clamps)
-    several = {name: [one] if isinstance(one, Clamp) else list(one) for name, one in clamps.items()}
+    several = {name: together(one) for name, one in clamps.items()}
+    for pairs in goals.values():
+        checked(pairs)
     sets = [tuple(some) for k in (1, 2, len(names)) for some in itertools.combinations(names, k)]
     sets += [tuple(n for n in names if n != name) for name in names]
     sets = list(dict.fromkeys(sets))
@@ -81,8 +85,8 @@ def interference(
     for goal, pairs in goals.items():
         bare = odds(model, pairs, per_token=per_token, batch_size=batch_size).preference
         for some in sets:
-            together = [one for name in some for one in several[name]]
-            found = odds(model, pairs, clamps=together, per_token=per_token, batch_size=batch_size).preference
+            active = [one for name in some for one in several[name]]
+            found = odds(model, pairs, clamps=active, per_token=per_token, batch_size=batch_size).preference
             moved[goal, some] = (found - bare).numpy()
     shown = [some for some in sets if len(some) in (1, 2, len(names))]
     effects = [(goal, " + ".join(some), *interval(moved[goal, some], seed)) for goal in goals for some in shown]
@@ -106,6 +110,9 @@ def cosines(clamps: Mapping[str, Clamp | Sequence[Clamp]]) -> pd.DataFrame:
     Args:
         clamps: by name. Those that are no constant vector, or not of the same width, have NaN.
 
+    Raises:
+        MeasureError: clamps without names.
+
     >>> import actome as ac, torch
     >>> one = ac.Add("blocks.1.resid.post", torch.tensor([1.0, 0.0]))
     >>> float(cosines({"a": one, "b": one.at(scale=-2.0)}).loc["a", "b"])
@@ -113,6 +120,8 @@ def cosines(clamps: Mapping[str, Clamp | Sequence[Clamp]]) -> pd.DataFrame:
     """
     import pandas as pd
 
+    if not isinstance(clamps, Mapping):
+        raise MeasureError("give clamps by name, such as {'kind': clamp}")
     vectors = {name: _vector([some] if isinstance(some, Clamp) else some) for name, some in clamps.items()}
 
     def cosine(a: Tensor | None, b: Tensor | None) -> float:

@@ -49,7 +49,9 @@ class Examples:
     def __post_init__(self) -> None:
         for name in ("positive", "negative"):
             some = getattr(self, name)
-            if isinstance(some, str) or not count(some):
+            if isinstance(some, str) or not hasattr(some, "__len__"):
+                raise MeasureError(f"give the {name} examples as a list of texts or token ids, not {some!r:.60}")
+            if not count(some):
                 raise MeasureError(f"there is no {name} example; a contrast takes two sets, {_FEW} of each at least")
             if count(some) < _FEW:
                 raise MeasureError(f"{count(some)} {name} examples are too few; give {_FEW} at least")
@@ -103,7 +105,12 @@ class Steering(Add):
     def monitor(self, model: Model, examples: Any, *, over: Over | None = None, batch_size: int = 8) -> Tensor:
         """Projections of examples on the direction, (N): high where they are like the positive ones."""
         over = over or (self.about or {}).get("over", "last")
-        return states(model, examples, self.site, over=over, batch_size=batch_size)[self.site] @ self.unit
+        found = states(model, examples, self.site, over=over, batch_size=batch_size)[self.site]
+        if found.shape[1] != len(self.unit):
+            raise MeasureError(
+                f"the direction is {len(self.unit)} wide, and {self.site} of {model.name} {found.shape[1]}"
+            )
+        return found @ self.unit
 
     @property
     def table(self) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +11,12 @@ from actome.core.clamp import Clamp
 from actome.core.errors import MeasureError
 from actome.tasks.trials import interval, split
 
+from .choices import Choices
 from .contrast import Examples
 from .controls import Arm, Estimator, dealt
 from .lab import Lab, Task
 from .placing import Placing, while_generating
-from .preference import Pairs, scaled
+from .preference import Pairs, checked, finite, scaled, together
 from .recommend import collapsed, recommend
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def evaluate(
     prompts: Any = None,
     task: Task | None = None,
     strengths: Sequence[float] = STRENGTHS,
-    sites: Sequence[str] | None = None,
-    positions: Sequence[Placing] = ("all",),
+    sites: str | Sequence[str] | None = None,
+    positions: Placing | Sequence[Placing] = ("all",),
     estimator: Estimator | None = None,
     data: Examples | None = None,
     random: int = 5,
@@ -119,7 +119,7 @@ def evaluate(
         task: what the model should still be able to do: `Choices`, or a function of the model that gives a score for
             each question, such as 0 and 1. Without `text` and `task` damage shows in `utility` and `repetition` only.
         strengths: multiples; 0 is always looked at.
-        sites: other sites to try the contrast at (layer sweep); needs a `Steering` clamp fitted there.
+        sites: other sites, or a pattern, to try the contrast at (layer sweep); needs a `Steering` clamp fitted there.
         positions: where to try it: at ``"all"`` tokens, those of the ``"prompt"``, its ``"last"`` token, or those from
             which the ``"response"`` comes, the newest one of every step.
         estimator, data: with which the clamp was fitted; needed for the control with shuffled labels.
@@ -145,9 +145,17 @@ def evaluate(
     """
     import pandas as pd
 
-    if len(pairs) < 8:
+    if len(checked(pairs)) < 8:
         raise MeasureError(f"{len(pairs)} pairs are too few to choose on one half and judge on the other; give 8")
-    clamps = [clamp] if isinstance(clamp, Clamp) else list(clamp)
+    clamps = together(clamp)
+    if isinstance(positions, str):
+        positions = (positions,)
+    if isinstance(sites, str):
+        sites = [site.name for site in model.match(sites)]
+    if not isinstance(random, int) or not isinstance(shuffled, int):
+        raise MeasureError(f"random={random!r}, shuffled={shuffled!r}: whole numbers of draws")
+    if task is not None and not callable(task) and not isinstance(task, Choices):
+        raise MeasureError(f"task= takes Choices, or a function of the model, not {type(task).__name__}")
     if not clamps or not positions:
         raise MeasureError("give a clamp at least, and positions= one placing at least")
     for one in clamps:
@@ -193,10 +201,10 @@ def evaluate(
 
 def _steps(strengths: Sequence[float]) -> tuple[float, ...]:
     """In order, zero among them."""
-    bad = [one for one in strengths if not isinstance(one, (int, float)) or not math.isfinite(one)]
-    if bad or not any(strengths):
-        raise MeasureError(f"strengths={list(strengths)}: finite numbers, one at least that is not zero")
-    return tuple(sorted({0.0, *map(float, strengths)}))
+    found = finite(strengths)
+    if not any(found):
+        raise MeasureError(f"strengths={found}: finite numbers, one at least that is not zero")
+    return tuple(sorted({0.0, *map(float, found)}))
 
 
 def _judged(lab: Lab, pairs: Pairs, arms: Sequence[Arm], strength: float, placing: Any) -> dict[str, Any]:

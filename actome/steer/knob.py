@@ -144,6 +144,7 @@ class RankOneDAS:
 
         Raises:
             MeasureError: numbers that differ, or fewer than two intents.
+            TextError: a label that is no token id of the model.
             SiteError: a site that the model does not have, or several.
         """
         labels_N = torch.as_tensor(labels, dtype=torch.long)
@@ -157,6 +158,7 @@ class RankOneDAS:
             raise MeasureError(f"all sources have the intent {intents[0]!r}; give pairs for two intents")
         if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
             raise MeasureError(f"epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr} must be above zero")
+        model.check_ids(labels_N, "label")
         source_ND = _states(model, self.site, self.pos, source_inputs, self.batch_size)
         unit_D, losses = self._trained(model, base_inputs, source_ND, labels_N)
         along_N = source_ND @ unit_D

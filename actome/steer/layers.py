@@ -15,7 +15,7 @@ from .contrast import Steering
 from .controls import random_of
 from .lab import Lab, Task
 from .placing import Placing
-from .preference import Pairs
+from .preference import Pairs, checked, finite
 from .recommend import recommend
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def select_layer(
         )
     if how not in ("add", "ablate"):
         raise MeasureError(f"how={how!r} does not exist; choose 'add' or 'ablate'")
-    if how == "add" and (not strengths or min(strengths) <= 0):
+    checked(pairs)
+    if how == "add" and min(finite(strengths)) <= 0:
         raise MeasureError(f"strengths={list(strengths)}: give numbers above 0, one at least")
     if random < 0:
         raise MeasureError(f"random={random}: a number of directions")

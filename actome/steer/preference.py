@@ -9,8 +9,10 @@ Source: Why Steering Works: Toward a Unified View of Language Model Parameter Dy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -84,7 +86,11 @@ def odds(
         clamps, placing: active beside those; see `response_nll`.
         per_token: likelihoods as nats a token, for responses of many tokens and of different lengths. Their masses
             then need not sum to less than one, and utility is that of their mean.
+
+    Raises:
+        MeasureError: what is given are no pairs.
     """
+    checked(pairs)
     good, bad = (
         response_nll(model, pairs.prompts, responses, clamps=clamps, placing=placing, batch_size=batch_size)
         for responses in (pairs.wanted, pairs.unwanted)
@@ -123,11 +129,51 @@ def preference_utility(
     import pandas as pd
 
     rows = []
-    for multiplier in multipliers:
+    for multiplier in finite(multipliers, "multipliers"):
         some = [scaled(clamp, multiplier)] if multiplier else []
         found = odds(model, pairs, clamps=some, per_token=per_token, batch_size=batch_size)
         rows.append((multiplier, float(found.preference.mean()), float(found.utility.mean())))
     return pd.DataFrame(rows, columns=["multiplier", "preference", "utility"])
+
+
+def finite(strengths: Iterable[float], name: str = "strengths") -> list[float]:
+    """The strengths as a list.
+
+    Raises:
+        MeasureError: not a list of finite numbers.
+
+    >>> finite((0, 0.5))
+    [0, 0.5]
+    """
+    found = [] if isinstance(strengths, str) or not isinstance(strengths, Iterable) else list(strengths)
+    found = [one.item() if isinstance(one, Tensor) and one.ndim == 0 else one for one in found]
+    if not found or not all(isinstance(one, Real) and math.isfinite(one) for one in found):
+        raise MeasureError(f"{name}={strengths!r:.60}: give a list of finite numbers, such as [0.5, 1.0]")
+    return found
+
+
+def together(clamps: Clamp | Sequence[Clamp]) -> list[Clamp]:
+    """One clamp, or several that act together, as a list.
+
+    Raises:
+        MeasureError: something that is no clamp.
+    """
+    found = [clamps] if isinstance(clamps, Clamp) or not isinstance(clamps, (list, tuple)) else list(clamps)
+    for one in found:
+        if not isinstance(one, Clamp):
+            raise MeasureError(f"give a clamp such as Add, or a list of them, not {type(one).__name__}")
+    return found
+
+
+def checked(pairs: Pairs) -> Pairs:
+    """The pairs.
+
+    Raises:
+        MeasureError: something else.
+    """
+    if not isinstance(pairs, Pairs):
+        raise MeasureError(f"give Pairs(prompts, wanted, unwanted), not {type(pairs).__name__}")
+    return pairs
 
 
 def scaled(clamp: Clamp, multiplier: float) -> Clamp:

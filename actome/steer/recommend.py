@@ -35,6 +35,8 @@ def recommend(frame: pd.DataFrame, allowed: float) -> Advice:
             fit &= ~(sign * (wide[name] - bare[name]) > allowed)
     usable = wide[fit]
     harms = ", ".join(name for name in HARM if name in wide) or "nothing"
+    if not wide.loc[wide["strength"] > 0, "preference"].notna().any() and (wide["strength"] > 0).any():
+        return _nothing("no strength leaves a finite preference; look whether the clamp's value and scale are finite")
     if usable.empty:
         return Advice(None, None, None, f"every strength does more damage than {allowed:g} ({harms})")
     gain = usable["preference"] - bare["preference"]

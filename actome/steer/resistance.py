@@ -59,6 +59,12 @@ class Resistance:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+def _check_marks(marks: Sequence[Any]) -> None:
+    """Refuses what would cut answers between any two letters."""
+    if isinstance(marks, str) or any(one == "" for one in marks):
+        raise MeasureError(f"marks={marks!r:.60}: give a list of texts, none of them empty, or of token ids")
+
+
 def attempts(answer: Any, marks: Sequence[Any]) -> list[Any]:
     """An answer cut at its correction marks, the marks left out: a list of attempts, one where there is no mark.
 
@@ -69,6 +75,7 @@ def attempts(answer: Any, marks: Sequence[Any]) -> list[Any]:
     >>> attempts([5, 9, 7], marks=[9]), attempts("Paris. Wait, Rome.", marks=["wait,"])
     ([[5], [7]], ['Paris. ', ' Rome.'])
     """
+    _check_marks(marks)
     if isinstance(answer, str):
         return re.split("|".join(re.escape(mark) for mark in marks), answer, flags=re.IGNORECASE)
     parts: list[list[int]] = [[]]
@@ -139,12 +146,17 @@ def resistance(
     """
     import pandas as pd
 
+    if isinstance(steer_set, Clamp):
+        steer_set = [steer_set]
+    if isinstance(prompts, str):
+        raise MeasureError(f"give a list of prompts, not one text: {prompts!r:.60}")
     if not len(steer_set):
         raise MeasureError("there is no steering vector; give clamps such as Add")
     if len(prompts) < 8:
         raise MeasureError(
             f"{len(prompts)} prompts are too few to set strengths on one half and judge the other; give 8"
         )
+    _check_marks(marks)
     if not marks:
         raise MeasureError("there is no correction mark; give the texts or token ids that take an attempt back")
     steer_set = [scaled(clamp, 1.0) for clamp in steer_set]

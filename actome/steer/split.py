@@ -18,7 +18,7 @@ from actome.core.errors import MeasureError, SiteError
 from actome.core.sites import MODULE_PREFIX
 
 from .likelihood import response_nll
-from .preference import Pairs
+from .preference import Pairs, checked
 
 if TYPE_CHECKING:
     from actome.core.model import Model
@@ -107,8 +107,9 @@ class SPLIT:
 
         Raises:
             SiteError: no such site, or several; a map whose input is not known.
-            MeasureError: the loss is not finite.
+            MeasureError: the loss is not finite; what is given are no pairs.
         """
+        checked(pairs)
         parts = self._start(model)
         adam = torch.optim.Adam(parts.values(), lr=self.lr)
         generator = torch.Generator().manual_seed(self.seed)

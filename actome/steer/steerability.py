@@ -214,6 +214,8 @@ def outcome_vectors(states_NTD: Tensor, outcomes: Tensor) -> Tensor:
 
 def _pushes(vectors: Tensor, targets: int, positions: int, norm: float | None) -> Tensor:
     """(C, T, D), of the length asked for."""
+    if norm is not None and not 0 < norm < float("inf"):
+        raise MeasureError(f"norm={norm}: a length above zero")
     v = torch.as_tensor(vectors).detach().float().cpu()
     if v.ndim == 1:
         v = v.expand(positions, -1)

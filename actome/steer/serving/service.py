@@ -79,6 +79,7 @@ class Service:
                 raise Refused(400, "one prompt a request", "prompt")
             prompt = prompt[0]
         if isinstance(prompt, str):
+            _check_text(prompt, "prompt")
             return self.model.tokenizer(prompt)["input_ids"]
         vocab = int(self.model.info["vocab"])
         if any(not 0 <= token < vocab for token in prompt):
@@ -95,6 +96,7 @@ class Service:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates raise what they like: jinja errors, and their own
             raise Refused(400, f"the model's chat template does not take these messages: {error}", "messages") from None
+        _check_text(text, "messages")
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def chosen(self, body: Any) -> list[Clamp]:
@@ -121,7 +123,7 @@ class Service:
         if not ids:
             raise Refused(400, "the prompt has no tokens", "prompt")
         context = self.model.context
-        longest = self.limits.prompt or (context - 1 if context else len(ids))
+        longest = min(self.limits.prompt or len(ids), context - 1 if context else len(ids))
         if len(ids) > longest:
             message = f"the prompt has {len(ids)} tokens, and at most {longest} are taken"
             raise Refused(400, message, "prompt", "context_length_exceeded")
@@ -262,3 +264,11 @@ class _Shape:
     def _event(self, **fields: Any) -> str:
         base = {**self.base, "object": "chat.completion.chunk"} if self.chat else self.base
         return f"data: {json.dumps({**base, **fields})}\n\n"
+
+
+def _check_text(text: str, name: str) -> None:
+    """Refuses halves of surrogate pairs, which JSON can spell and no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Refused(400, "the text is not valid Unicode: it has half of a surrogate pair", name) from None
