@@ -91,7 +91,7 @@ def _tiles(found: Evaluation) -> Iterator[dict[str, str]]:
     site, positions = place_of(found)
     here = (found.collapsed["site"] == site) & (found.collapsed["positions"] == positions)
     broken = int(here.sum())
-    yield {"name": "Strengths that break it", "value": str(broken), "tone": "critical" if broken else "calm"}
+    yield {"name": "Strengths that break it", "value": str(broken or "none"), "tone": "critical" if broken else "calm"}
 
 
 def _collapses(found: Evaluation) -> Iterator[str]:
